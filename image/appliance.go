@@ -1,0 +1,113 @@
+// Package image says what a release is: the types that the builder writes and
+// the device reads. Making one is image/build's work; parsing what a person
+// wrote is image/spec's. This package is linked into the device binary, so it
+// imports nothing heavier than encoding/json.
+package image
+
+// Where things lie in a release's root file system and initrd.
+const (
+	// AgentPath is the device binary, in the root and (as /init too) in the initrd.
+	AgentPath = "/usr/lib/holdfast/holdfast-agent"
+	// AppliancePath is the [Appliance] in the root, as JSON.
+	AppliancePath = "/usr/lib/holdfast/appliance.json"
+	// BootPath is the [Boot] in the initrd, as JSON.
+	BootPath = "/boot.json"
+	// ContainersPath holds one folder a container: onboot/NNN-NAME, services/NAME,
+	// onshutdown/NNN-NAME, each with config.json (OCI runtime) and rootfs/.
+	ContainersPath = "/containers"
+)
+
+// Appliance is what the device has to know of its release at run time, fixed
+// by the build and measured or verified before it is read.
+type Appliance struct {
+	Format       int    `json:"format"` // 1
+	Name         string `json:"name"`
+	Version      string `json:"version"`
+	Architecture string `json:"architecture"` // GOARCH
+	// BuildTimeSec bounds the clock from below: no later than this was the release made. Unix seconds.
+	BuildTimeSec int64  `json:"build_time_sec"`
+	Hostname     string `json:"hostname,omitempty"`
+
+	Volumes []Volume    `json:"volumes,omitempty"`
+	Seal    SealPolicy  `json:"seal"`
+	Network []Interface `json:"network,omitempty"`
+	Sysctl  []string    `json:"sysctl,omitempty"` // "net.ipv4.ip_forward=1"
+
+	OnBoot     []Container `json:"onboot,omitempty"`     // run in order, each must exit 0
+	Services   []Container `json:"services,omitempty"`   // run side by side
+	OnShutdown []Container `json:"onshutdown,omitempty"` // run in reverse order
+	// Handoff, when set, is the argv of the image's own init: the agent prepares
+	// the root and the volumes and then becomes it.
+	Handoff []string `json:"handoff,omitempty"`
+}
+
+// Boot is what the initrd needs before it can trust the root.
+type Boot struct {
+	Appliance Appliance `json:"appliance"`
+	Root      Verity    `json:"root"`
+	// Modules are kernel modules in load order, as paths inside the initrd.
+	Modules []string `json:"modules,omitempty"`
+}
+
+// Verity describes a dm-verity protected root: DataBlocks blocks of 4096 bytes,
+// the superblock of the tree right behind them (hash area offset =
+// DataBlocks*4096), SHA-256.
+type Verity struct {
+	RootHash   string `json:"root_hash"` // hex, 64 digits
+	Salt       string `json:"salt"`      // hex
+	UUID       string `json:"uuid"`
+	DataBlocks int64  `json:"data_blocks"`
+	// TotalBytes is data, superblock and tree.
+	TotalBytes int64 `json:"total_bytes"`
+}
+
+// Volume is an encrypted data volume.
+type Volume struct {
+	Name  string `json:"name"`  // GPT partition name, dm name and file system label
+	Mount string `json:"mount"` // absolute path in the root
+	// SizeBytes is 0 for the last volume, which grows to the end of the disk.
+	SizeBytes int64 `json:"size_bytes,omitempty"`
+}
+
+// SealPolicy names who may open the data volumes.
+type SealPolicy struct {
+	Policy string `json:"policy"` // "standard"
+	// PolicyKeyPEM is the vendor's public key for signed PCR 11 policies.
+	PolicyKeyPEM string `json:"policy_key_pem"`
+}
+
+// Interface is the configuration of one network device.
+type Interface struct {
+	Name      string   `json:"name"` // "eth0"; "*" is the first one with a link
+	DHCP      bool     `json:"dhcp,omitempty"`
+	Addresses []string `json:"addresses,omitempty"` // CIDR
+	Gateway   string   `json:"gateway,omitempty"`
+	DNS       []string `json:"dns,omitempty"`
+}
+
+// Container is one onboot, service or onshutdown entry.
+type Container struct {
+	Name string `json:"name"`
+	// Bundle is the OCI runtime bundle's folder in the root. Its rootfs is read-only;
+	// unless ReadOnly is set a tmpfs lies over it while the container runs.
+	Bundle   string   `json:"bundle"`
+	ReadOnly bool     `json:"readonly,omitempty"`
+	Mkdir    []string `json:"mkdir,omitempty"` // folders made on the host before the start
+	// Restart is "always" (the default for services), "on-failure" or "never".
+	Restart string  `json:"restart,omitempty"`
+	Health  *Health `json:"health,omitempty"`
+}
+
+// Health is how the agent finds out that a service works. Exactly one of HTTP,
+// TCP and Exec is set.
+type Health struct {
+	HTTP string   `json:"http,omitempty"` // URL; 2xx is healthy
+	TCP  string   `json:"tcp,omitempty"`  // host:port; a connection is healthy
+	Exec []string `json:"exec,omitempty"` // argv inside the container; exit 0 is healthy
+	// IntervalSec, TimeoutSec and Retries have the defaults 10, 5 and 3.
+	IntervalSec int `json:"interval_sec,omitempty"`
+	TimeoutSec  int `json:"timeout_sec,omitempty"`
+	Retries     int `json:"retries,omitempty"`
+	// StartSec is how long after its start a service may be unhealthy; default 60.
+	StartSec int `json:"start_sec,omitempty"`
+}
