@@ -16,6 +16,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"os"
 	"path"
 	"slices"
 	"strings"
@@ -203,4 +204,30 @@ func (s Section) Size() int64 { return s.SizeBytes }
 // Open reads the section.
 func (s Section) Open() (io.ReadCloser, error) {
 	return io.NopCloser(io.NewSectionReader(s.R, s.Off, s.SizeBytes)), nil
+}
+
+// File is content that lies in a file of the build machine, opened when it is read.
+type File struct {
+	Path      string
+	SizeBytes int64
+}
+
+// Size is SizeBytes.
+func (f File) Size() int64 { return f.SizeBytes }
+
+// Open opens the file.
+func (f File) Open() (io.ReadCloser, error) { return os.Open(f.Path) }
+
+// Merge lays the tree from over n, as a layer lies over the ones below it: a
+// folder over a folder keeps what it holds and takes the attributes, anything
+// else replaces. The trees share nodes afterwards, so from is used up.
+func (n *Node) Merge(from *Node) {
+	n.Mode, n.UID, n.GID, n.MTimeSec, n.Xattrs = from.Mode, from.UID, from.GID, from.MTimeSec, from.Xattrs
+	for name, child := range from.children {
+		if mine := n.Child(name); mine != nil && mine.IsDir() && child.IsDir() {
+			mine.Merge(child)
+			continue
+		}
+		n.Set(name, child)
+	}
 }

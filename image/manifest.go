@@ -1,0 +1,71 @@
+package image
+
+// The files of a release folder.
+const (
+	ManifestName = "manifest.json"
+	RootName     = "root.img"       // EROFS, then the dm-verity superblock and tree
+	UKIName      = "uki.efi"        // signed
+	LoaderName   = "bootloader.efi" // systemd-boot, signed
+)
+
+// Manifest describes a release: its parts by digest and the measurements a box
+// that runs it will show. The same spec and inputs give the same manifest.
+type Manifest struct {
+	Format       int    `json:"format"` // 1
+	Name         string `json:"name"`
+	Version      string `json:"version"`
+	Architecture string `json:"architecture"`
+	BuildTimeSec int64  `json:"build_time_sec"`
+
+	Root   File   `json:"root"`
+	Verity Verity `json:"verity"`
+	UKI    File   `json:"uki"`
+	Loader File   `json:"loader"`
+
+	Kernel  string   `json:"kernel"`  // as uname -r prints it
+	Cmdline string   `json:"cmdline"` // as it is measured
+	Modules []string `json:"modules,omitempty"`
+
+	Expected Expected `json:"expected"`
+	// Images are what the release was composed of.
+	Images []Source `json:"images"`
+	Disk   Geometry `json:"disk"`
+}
+
+// File is one part of a release.
+type File struct {
+	Name      string `json:"name"`
+	SizeBytes int64  `json:"size_bytes"`
+	SHA256    string `json:"sha256"` // hex
+}
+
+// Source is one image a release was composed of.
+type Source struct {
+	Ref    string `json:"ref"`
+	Digest string `json:"digest"` // "sha256:…"; of the content for what has no digest of its own
+}
+
+// Expected are reference values for attestation: hex SHA-256 PCR values and the
+// digests that are extended.
+type Expected struct {
+	// PCR11 by boot phase: "" is the stub alone, then "enter-initrd" and
+	// "enter-initrd:leave-initrd".
+	PCR11 map[string]string `json:"pcr11"`
+	// Authenticode digests that the firmware extends into PCR 4 when it starts
+	// them. LinuxAuthenticode, of the kernel inside the UKI, is measured only with
+	// Secure Boot off.
+	LoaderAuthenticode string `json:"loader_authenticode"`
+	UKIAuthenticode    string `json:"uki_authenticode"`
+	LinuxAuthenticode  string `json:"linux_authenticode,omitempty"`
+	// PolicyKeySHA256 is the fingerprint of the key that signs PCR 11 policies
+	// (over its PKCS #1 DER, as in .pcrsig).
+	PolicyKeySHA256 string `json:"policy_key_sha256"`
+}
+
+// Geometry is the disk a release is made for.
+type Geometry struct {
+	SizeBytes int64    `json:"size_bytes"`
+	ESPBytes  int64    `json:"esp_bytes"`
+	SlotBytes int64    `json:"slot_bytes"`
+	Volumes   []Volume `json:"volumes,omitempty"`
+}
