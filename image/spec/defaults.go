@@ -1,0 +1,66 @@
+package spec
+
+import "slices"
+
+// DefaultDiskSize and DefaultESPSize are what disk.size and disk.esp are when not given.
+const (
+	DefaultDiskSize Size = 4 << 30
+	DefaultESPSize  Size = 1 << 30
+)
+
+// ApplyDefaults fills in what was not given:
+//
+//	arch              amd64
+//	epoch             1980-01-01T00:00:00Z
+//	hostname          the name
+//	kernel.binary     kernel
+//	kernel.tar        kernel.tar
+//	disk.size         4 GiB
+//	disk.esp          1 GiB
+//	disk.data         one volume, {name: data, mount: /data}; [] is none
+//	seal.policy       standard
+//	files[].mode      0600, folders 0700
+//	services[].restart always
+//
+// disk.slot stays 0, which lets the builder take twice the size of the release.
+// A label may still set restart, so call it after [Image.MergeLabel] or leave
+// that default to image/runtime, which has the same one.
+func (s *Spec) ApplyDefaults() {
+	text := func(p *string, value string) {
+		if *p == "" {
+			*p = value
+		}
+	}
+	size := func(p *Size, value Size) {
+		if *p == 0 {
+			*p = value
+		}
+	}
+	text(&s.Arch, "amd64")
+	text(&s.Hostname, s.Name)
+	text(&s.Kernel.Binary, "kernel")
+	text(&s.Kernel.Tar, "kernel.tar")
+	text(&s.Seal.Policy, "standard")
+	size(&s.Disk.Size, DefaultDiskSize)
+	size(&s.Disk.ESP, DefaultESPSize)
+	if s.Epoch == 0 {
+		s.Epoch = DefaultEpoch
+	}
+	if s.Disk.Data == nil {
+		s.Disk.Data = []Data{{Name: "data", Mount: "/data"}}
+	}
+	s.Services = slices.Clone(s.Services)
+	for i := range s.Services {
+		text(&s.Services[i].Restart, "always")
+	}
+	s.Files = slices.Clone(s.Files)
+	for i := range s.Files {
+		if f := &s.Files[i]; f.Mode == nil {
+			mode := Mode(0o600)
+			if f.Directory {
+				mode = 0o700
+			}
+			f.Mode = &mode
+		}
+	}
+}
