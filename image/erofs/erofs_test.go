@@ -49,7 +49,7 @@ func everything(t testing.TB) *tree.Node {
 	t.Helper()
 	root := tree.NewDir(0o755)
 	root.MTimeSec = 1_600_000_000
-	for i, size := range []int{0, 1, 63, 1023, 1024, 1025, 4032, 4033, 4095, 4096, 4097, 8192, 1<<20 + 1} {
+	for i, size := range []int{0, 1, 63, 1023, 2048, 2049, 4032, 4033, 4095, 4096, 4097, 8192, 1<<20 + 1} {
 		put(t, root, fmt.Sprintf("sizes/%d", size), file(0o644, pattern(size, uint64(i))))
 	}
 	big := put(t, root, "usr/bin/tool", file(0o4755, pattern(10_000, 20)))
@@ -243,7 +243,7 @@ func TestFileBlocks(t *testing.T) {
 	before := blocks(write(t, root))
 	put(t, root, "aaa/new", file(0o644, pattern(12_345, 99)))
 	after := blocks(write(t, root))
-	for i, size := range []int{1025, 4096, 8192, 1<<20 + 1} {
+	for i, size := range []int{2049, 4096, 8192, 1<<20 + 1} {
 		content := readAll(t, root.Lookup(fmt.Sprintf("sizes/%d", size)).Content)
 		for b := range slices.Chunk(content, BlockSize) {
 			padded := string(append(bytes.Clone(b), make([]byte, BlockSize-len(b))...))

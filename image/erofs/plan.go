@@ -18,7 +18,9 @@ import (
 // release that adds one block changes nearly all of them; they lie close
 // together, away from file contents, so that this costs a delta 64 bytes for
 // each file. For the same reason the ends of large files are not packed behind
-// their inodes, as mkfs.erofs does.
+// their inodes, as mkfs.erofs does: of a root with 11,000 files and 452 MB, 45 of
+// them changed, that makes the image 1.6 % larger and its delta 0.5 instead of
+// 3.7 MB. Aligning small files by folder or by a hash was tried and gained nothing.
 type Plan struct {
 	options Options
 	inodes  []*inode // in the order of their nid; [0] is the root
@@ -60,7 +62,7 @@ func blocksOf(sizeBytes int64) int64 { return (sizeBytes + BlockSize - 1) / Bloc
 
 // maxInlineFile is the size up to which a file's content lies behind its inode
 // and takes no block of its own.
-const maxInlineFile = 1024
+const maxInlineFile = 2048
 
 // NewPlan settles the layout of an image of the tree below root. It opens no
 // content. The tree must not change until the plan is written. Memory grows with
