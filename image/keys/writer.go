@@ -1,0 +1,237 @@
+package keys
+
+import (
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+	"golang.org/x/sys/unix"
+)
+
+// outFile is a file of the folder to be.
+type outFile struct {
+	name    string
+	content []byte
+	private bool
+}
+
+// Create makes a vendor's keys and writes them to the folder dir, which must
+// not exist or be empty. It writes all of them or nothing: the folder appears
+// under its name when it is complete and on the medium.
+//
+// Keys come from the system's random source. Go has ignored any other since
+// 1.26, so there is none to pass in; a test that needs the same keys twice uses
+// testing/cryptotest.
+func Create(dir string, cfg Config) (*Keys, error) {
+	if err := cfg.check(); err != nil {
+		return nil, fmt.Errorf("create keys: %w", err)
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("create keys: %w", err)
+	}
+	if err := checkVacant(dir); err != nil {
+		return nil, err
+	}
+	k, files, err := generate(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("create keys: %w", err)
+	}
+	if err := writeFolder(dir, files); err != nil {
+		return nil, fmt.Errorf("write keys to %s: %w", dir, err)
+	}
+	return k, nil
+}
+
+func checkVacant(dir string) error {
+	fi, err := os.Lstat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("create keys: %w", err)
+	}
+	if !fi.IsDir() {
+		return fmt.Errorf("create keys: %s exists and is not a folder", dir)
+	}
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return fmt.Errorf("create keys: %w", err)
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	var names []string
+	for _, e := range list[:min(len(list), 20)] {
+		names = append(names, e.Name())
+	}
+	if len(list) > len(names) {
+		names = append(names, "…")
+	}
+	return fmt.Errorf("create keys: folder %s holds %s; keys are never overwritten, as devices depend on them: choose another folder", dir, strings.Join(names, ", "))
+}
+
+// generate makes the keys and the files that hold them.
+func generate(cfg Config) (*Keys, []outFile, error) {
+	k := &Keys{}
+	var files []outFile
+	now := cfg.Now.UTC().Truncate(time.Second)
+	for _, s := range []struct {
+		pair  *Pair
+		name  string
+		title string
+	}{{&k.PK, PK, "platform key"}, {&k.KEK, KEK, "key exchange key"}, {&k.DB, DB, "signature key"}} {
+		key, keyPEM, err := generateRSA()
+		if err != nil {
+			return nil, nil, err
+		}
+		cert, err := selfSign(key, cfg.Organization, s.title, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		*s.pair = Pair{Key: key, Cert: cert, name: s.name}
+		files = append(files, outFile{s.name + ".key", keyPEM, true},
+			outFile{s.name + ".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), false})
+	}
+	for _, s := range []struct{ pair, signer *Pair }{{&k.PK, &k.PK}, {&k.KEK, &k.PK}, {&k.DB, &k.KEK}} {
+		list := signatureList(s.pair.Cert, k.Owner())
+		auth, err := SignVariable(s.pair.name, list, s.signer.Key, s.signer.Cert, now)
+		if err != nil {
+			return nil, nil, err
+		}
+		s.pair.Auth = auth
+		files = append(files, outFile{s.pair.name + ".auth", auth, false})
+	}
+	rest, err := k.generatePolicyAndEscrow(now)
+	return k, append(files, rest...), err
+}
+
+func (k *Keys) generatePolicyAndEscrow(now time.Time) (files []outFile, err error) {
+	key, keyPEM, err := generateRSA()
+	if err != nil {
+		return nil, err
+	}
+	k.PolicyKey = key
+	if k.PolicyPublicPEM, err = publicPEM(&key.PublicKey); err != nil {
+		return nil, err
+	}
+	if k.Escrow, err = age.GenerateX25519Identity(); err != nil {
+		return nil, err
+	}
+	k.EscrowRecipient = k.Escrow.Recipient()
+	// The form that age-keygen writes, so that age itself opens escrowed keys.
+	identity := fmt.Sprintf("# created: %s\n# public key: %s\n%s\n", now.Format(time.RFC3339), k.EscrowRecipient, k.Escrow)
+	return []outFile{
+		{"policy.key", keyPEM, true},
+		{"policy.pem", k.PolicyPublicPEM, false},
+		{"escrow.key", []byte(identity), true},
+		{"escrow.pub", []byte(k.EscrowRecipient.String() + "\n"), false},
+	}, nil
+}
+
+func generateRSA() (*rsa.PrivateKey, []byte, error) {
+	key, err := rsa.GenerateKey(rand.Reader, rsaBits)
+	if err != nil {
+		return nil, nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	return key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// selfSign makes the certificate that firmware stores. It is a CA, as what
+// "openssl req -x509" makes is, because some firmware looks for an issuer of
+// the signing certificate and has to find this one.
+func selfSign(key *rsa.PrivateKey, organization, title string, now time.Time) (*x509.Certificate, error) {
+	spki, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	// The serial number is a hash of the key: unique without more randomness,
+	// positive and of 16 bytes (RFC 5280 §4.1.2.2).
+	sum := sha256.Sum256(spki)
+	sum[0] = sum[0]&0x3f | 0x40
+	tmpl := &x509.Certificate{
+		SerialNumber:          new(big.Int).SetBytes(sum[:16]),
+		Subject:               pkix.Name{Organization: []string{organization}, CommonName: organization + " " + title},
+		NotBefore:             now,
+		NotAfter:              now.AddDate(validYears, 0, 0),
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		SignatureAlgorithm:    x509.SHA256WithRSA,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
+}
+
+// writeFolder fills a folder beside dir and renames it to dir. Every file is
+// synced before the rename makes it reachable, and the rename afterwards.
+func writeFolder(dir string, files []outFile) (err error) {
+	parent := filepath.Dir(dir)
+	temp, err := os.MkdirTemp(parent, "."+filepath.Base(dir)+".new-") // mode 0700
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(temp))
+		}
+	}()
+	slices.SortFunc(files, func(a, b outFile) int { return strings.Compare(a.name, b.name) })
+	for _, f := range files {
+		if err := writeFile(filepath.Join(temp, f.name), f); err != nil {
+			return err
+		}
+	}
+	if err := syncFolder(temp); err != nil {
+		return err
+	}
+	// rename(2) replaces an empty folder and no other; os.Rename refuses both.
+	if err := unix.Rename(temp, dir); err != nil {
+		return fmt.Errorf("rename %s: %w", temp, err)
+	}
+	return syncFolder(parent)
+}
+
+func writeFile(path string, f outFile) (err error) {
+	mode := fs.FileMode(0o644)
+	if f.private {
+		mode = 0o600
+	}
+	w, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, w.Close()) }()
+	if _, err := w.Write(f.content); err != nil {
+		return err
+	}
+	return w.Sync()
+}
+
+func syncFolder(path string) (err error) {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Sync()
+}
