@@ -1,0 +1,344 @@
+package seal
+
+import (
+	"bytes"
+	"crypto/pbkdf2"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"maps"
+	mathrand "math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// PolicyError means that the TPM is the right one and the boot is not: the
+// registers do not have the values the key was sealed for.
+type PolicyError struct {
+	Reason  string // a sentence without its full stop
+	Signed  []int  // registers that need a signature
+	Literal []int  // registers that need their old value
+	Now     map[int]pcr.Digest
+}
+
+func (e *PolicyError) Error() string {
+	var parts []string
+	if len(e.Signed) > 0 {
+		parts = append(parts, fmt.Sprintf("signed PCR %v", e.Signed))
+	}
+	if len(e.Literal) > 0 {
+		parts = append(parts, fmt.Sprintf("literal PCR %v", e.Literal))
+	}
+	return fmt.Sprintf("the key's policy (%s) does not match this boot: %s", strings.Join(parts, ", "), e.Reason)
+}
+
+const (
+	maxSecretBytes = 128 // MAX_SYM_DATA, Part 2 §11.1.16
+	saltBytes      = 32
+	pinRounds      = 10000 // PBKDF2 rounds of systemd 253 and later
+)
+
+// Seal puts a secret under the policy. pin is nil unless policy.PIN is set.
+// The literal values are those of the policy, which may be predicted ones; they
+// are not compared with the TPM's present registers. Registers 0 to 7 and 11
+// are refused while un-extended, because then anyone can reproduce them (F27).
+// The object has noDA unless there is a PIN (F31) and never userWithAuth (F46).
+// The token's Keyslots are the caller's to fill.
+func Seal(t TPM, srk SRK, secret []byte, policy Policy, pin []byte) (Token, error) {
+	t = patient{t}
+	if len(secret) == 0 || len(secret) > maxSecretBytes {
+		return Token{}, fmt.Errorf("seal %d bytes: 1 to %d expected", len(secret), maxSecretBytes)
+	}
+	if policy.PIN != (len(pin) > 0) {
+		return Token{}, fmt.Errorf("seal for policy %q: a PIN is wanted: %v, given: %v", policy.Name, policy.PIN, len(pin) > 0)
+	}
+	for _, i := range checked() {
+		if v, ok := policy.PCRs[i]; ok && pcr.Unextended(v) {
+			return Token{}, fmt.Errorf("seal to PCR %s: nothing was measured into it, so anyone could reproduce it; enable the TPM's SHA-256 measurements in the firmware setup", pcr.Label(i))
+		}
+	}
+	digest, err := policy.Digest()
+	if err != nil {
+		return Token{}, fmt.Errorf("seal: %w", err)
+	}
+	token := Token{
+		PCRs:         slices.Sorted(maps.Keys(policy.PCRs)),
+		SignedPCRs:   slices.Sorted(slices.Values(policy.SignedPCRs)),
+		PolicyKeyPEM: policy.PolicyKeyPEM,
+		PolicyHash:   digest,
+		PIN:          policy.PIN,
+		SRK:          &SRKRef{Handle: uint32(srk.handle), Name: srk.Name, Public: tpm2.Marshal(srk.public)},
+	}
+	var auth []byte
+	if policy.PIN {
+		token.Salt = make([]byte, saltBytes)
+		rand.Read(token.Salt) // never fails: crypto/rand
+		if auth, err = pinAuth(pin, token.Salt); err != nil {
+			return Token{}, err
+		}
+	}
+	if err := create(t, srk, secret, auth, &token); err != nil {
+		return Token{}, fmt.Errorf("seal for policy %q: %w", policy.Name, tpmError(t, err))
+	}
+	return token, nil
+}
+
+// create makes the sealed object and puts it into the token.
+func create(t TPM, srk SRK, secret, auth []byte, token *Token) error {
+	rsp, err := tpm2.Create{
+		ParentHandle: srk.auth(),
+		InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: &tpm2.TPMSSensitiveCreate{
+			UserAuth: tpm2.TPM2BAuth{Buffer: auth},
+			Data:     tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: secret}),
+		}},
+		InPublic: tpm2.New2B(tpm2.TPMTPublic{
+			Type:             tpm2.TPMAlgKeyedHash,
+			NameAlg:          tpm2.TPMAlgSHA256,
+			ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: !token.PIN},
+			AuthPolicy:       tpm2.TPM2BDigest{Buffer: token.PolicyHash[:]},
+		}),
+	}.Execute(t)
+	if err != nil {
+		return err
+	}
+	token.Private, token.Public = rsp.OutPrivate.Buffer, rsp.OutPublic.Bytes()
+	return token.checkObject()
+}
+
+// pinAuth is the object's auth value: SHA-256 of the PIN (systemd 252), or of
+// the base64 text of PBKDF2-HMAC-SHA256(PIN, salt), without trailing zeros, which a
+// TPM drops (Part 1 §19.6.5).
+func pinAuth(pin, salt []byte) ([]byte, error) {
+	text := pin
+	if len(salt) > 0 {
+		key, err := pbkdf2.Key(sha256.New, string(pin), salt, pinRounds, sha256.Size)
+		if err != nil {
+			return nil, fmt.Errorf("stretch the PIN: %w", err)
+		}
+		text = base64.StdEncoding.AppendEncode(nil, key)
+		defer clear(text)
+	}
+	auth := sha256.Sum256(text)
+	return bytes.TrimRight(auth[:], "\x00"), nil
+}
+
+// Pauses between tries while something measures into PCRs (F17). IMA does so
+// in bursts while a system starts; the sum is about ten seconds.
+const (
+	maxUnsealTries = 40
+	maxUnsealPause = 500 * time.Millisecond
+)
+
+// Unseal asks the TPM for the secret. signatures are those of the running
+// image ([ParseSignatures]); pin is nil unless the token wants one.
+//
+// Errors: [ErrPINNeeded], [ErrWrongPIN], [*LockoutError], [*PolicyError],
+// [ErrWrongTPM], [ErrNoSHA256], or a transport's. Each should end in the
+// recovery prompt (F36). Wipe the secret after use.
+//
+// Whatever happens, no session and no object is left in the TPM.
+func Unseal(t TPM, token Token, signatures Signatures, pin []byte) ([]byte, error) {
+	t = patient{t}
+	if token.PIN && len(pin) == 0 {
+		return nil, ErrPINNeeded
+	}
+	if err := token.checkObject(); err != nil {
+		return nil, fmt.Errorf("unseal: %w", err)
+	}
+	parent, err := parentOf(t, token)
+	if err != nil {
+		return nil, fmt.Errorf("unseal: %w", tpmError(t, err))
+	}
+	defer parent.Close(t)
+	loaded, err := tpm2.Load{
+		ParentHandle: parent.auth(),
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: token.Private},
+		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](token.Public),
+	}.Execute(t)
+	if err != nil {
+		return nil, fmt.Errorf("load the sealed object: %w", tpmError(t, err))
+	}
+	defer flush(t, loaded.ObjectHandle)
+	object := tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: objectName(token.Public)}
+	for try := 1; ; try++ {
+		secret, err := unsealOnce(t, parent, object, token, signatures, pin)
+		if err == nil {
+			return secret, nil
+		}
+		if token.PIN && errors.Is(err, tpm2.TPMRCAuthFail) {
+			return nil, fmt.Errorf("unseal: %w: %w", ErrWrongPIN, err)
+		}
+		if !errors.Is(err, tpm2.TPMRCPCRChanged) || try == maxUnsealTries {
+			return nil, fmt.Errorf("unseal, try %d: %w", try, tpmError(t, err))
+		}
+		// Jitter, so that we do not march in step with the other measurer.
+		limit := min(maxUnsealPause, time.Duration(try)*5*time.Millisecond)
+		time.Sleep(time.Duration(mathrand.Int64N(int64(limit))))
+	}
+}
+
+// objectName is the name of a TPMT_PUBLIC whose name algorithm is SHA-256:
+// computed here, not taken from the TPM's answer.
+func objectName(public []byte) tpm2.TPM2BName {
+	digest := sha256.Sum256(public)
+	return tpm2.TPM2BName{Buffer: append([]byte{0, byte(tpm2.TPMAlgSHA256)}, digest[:]...)}
+}
+
+// unsealOnce runs the policy in a session of its own. What may be slow comes
+// before the first PolicyPCR: from there on any extend spoils the session.
+func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatures Signatures, pin []byte) ([]byte, error) {
+	signature, key, err := matchBoot(t, token, signatures)
+	if err != nil {
+		return nil, err
+	}
+	options := []tpm2.AuthOption{parent.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut)}
+	if token.PIN {
+		auth, err := pinAuth(pin, token.Salt)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(auth)
+		options = append(options, tpm2.Auth(auth))
+	}
+	var ticket tpm2.TPMTTKVerified
+	if len(token.SignedPCRs) > 0 {
+		if ticket, err = verifyInTPM(t, key, signature); err != nil {
+			return nil, err
+		}
+	}
+	session, closeSession, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, options...)
+	if err != nil {
+		return nil, fmt.Errorf("start the policy session: %w", err)
+	}
+	defer closeSession()
+	if err := runPolicy(t, session.Handle(), token, key, signature, ticket); err != nil {
+		return nil, err
+	}
+	rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
+	if err != nil {
+		return nil, err
+	}
+	return rsp.OutData.Buffer, nil
+}
+
+// matchBoot compares the registers with the token before a session is opened,
+// so that a boot that cannot succeed is explained and costs nothing.
+func matchBoot(t TPM, token Token, signatures Signatures) (Signature, policyKey, error) {
+	policy := token.Policy("token")
+	now, err := ReadPCRs(t, policy.Bound())
+	if err != nil {
+		return Signature{}, policyKey{}, err
+	}
+	fail := func(reason string) error {
+		return &PolicyError{Reason: reason, Signed: token.SignedPCRs, Literal: token.PCRs, Now: now}
+	}
+	digest, err := token.policyNow(now).Digest()
+	if err != nil {
+		return Signature{}, policyKey{}, err
+	}
+	if digest != token.PolicyHash {
+		return Signature{}, policyKey{}, fail(fmt.Sprintf("PCR %v differs from the time of sealing", token.PCRs))
+	}
+	if len(token.SignedPCRs) == 0 {
+		return Signature{}, policyKey{}, nil
+	}
+	key, err := parsePolicyKey(token.PolicyKeyPEM)
+	if err != nil {
+		return Signature{}, policyKey{}, err
+	}
+	signature, reason, err := signatures.find(key, token.SignedPCRs, now)
+	if err != nil {
+		return Signature{}, policyKey{}, err
+	}
+	if reason != "" {
+		return Signature{}, policyKey{}, fail(reason)
+	}
+	return signature, key, nil
+}
+
+// verifyInTPM has the TPM check the signature and returns its ticket. The owner
+// hierarchy, because a ticket of the null hierarchy is void. Part 3 §20.1.
+func verifyInTPM(t TPM, key policyKey, signature Signature) (tpm2.TPMTTKVerified, error) {
+	loaded, err := tpm2.LoadExternal{InPublic: tpm2.New2B(key.public), Hierarchy: tpm2.TPMRHOwner}.Execute(t)
+	if err != nil {
+		return tpm2.TPMTTKVerified{}, fmt.Errorf("load the policy key: %w", err)
+	}
+	defer flush(t, loaded.ObjectHandle)
+	digest := sha256.Sum256(signature.Policy[:])
+	rsp, err := tpm2.VerifySignature{
+		KeyHandle: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: tpm2.TPM2BName{Buffer: key.name}},
+		Digest:    tpm2.TPM2BDigest{Buffer: digest[:]},
+		Signature: tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgRSASSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgRSASSA,
+			&tpm2.TPMSSignatureRSA{Hash: tpm2.TPMAlgSHA256, Sig: tpm2.TPM2BPublicKeyRSA{Buffer: signature.Sig}})},
+	}.Execute(t)
+	if err != nil {
+		return tpm2.TPMTTKVerified{}, fmt.Errorf("verify the PCR signature: %w", err)
+	}
+	return rsp.Validation, nil
+}
+
+// runPolicy satisfies the policy in the order of [Policy.Digest].
+func runPolicy(t TPM, session tpm2.TPMHandle, token Token, key policyKey, signature Signature, ticket tpm2.TPMTTKVerified) error {
+	if len(token.SignedPCRs) > 0 {
+		if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(token.SignedPCRs)}).Execute(t); err != nil {
+			return fmt.Errorf("policy over signed PCR %v: %w", token.SignedPCRs, err)
+		}
+		_, err := tpm2.PolicyAuthorize{
+			PolicySession:  session,
+			ApprovedPolicy: tpm2.TPM2BDigest{Buffer: signature.Policy[:]},
+			KeySign:        tpm2.TPM2BName{Buffer: key.name},
+			CheckTicket:    ticket,
+		}.Execute(t)
+		if errors.Is(err, tpm2.TPMRCValue) {
+			// PCR 11 moved between our look and PolicyPCR: look again.
+			return fmt.Errorf("approve signed PCR %v: %w", token.SignedPCRs, tpm2.TPMRCPCRChanged)
+		}
+		if err != nil {
+			return fmt.Errorf("approve signed PCR %v: %w", token.SignedPCRs, err)
+		}
+	}
+	if len(token.PCRs) > 0 {
+		if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(token.PCRs)}).Execute(t); err != nil {
+			return fmt.Errorf("policy over literal PCR %v: %w", token.PCRs, err)
+		}
+	}
+	if token.PIN {
+		if _, err := (tpm2.PolicyAuthValue{PolicySession: session}).Execute(t); err != nil {
+			return fmt.Errorf("policy with PIN: %w", err)
+		}
+	}
+	return nil
+}
+
+// tpmError turns the TPM's codes into this package's errors.
+func tpmError(t TPM, err error) error {
+	switch {
+	case errors.Is(err, tpm2.TPMRCLockout):
+		return lockoutError(t)
+	case errors.Is(err, tpm2.TPMRCIntegrity):
+		return fmt.Errorf("%w: %w", ErrWrongTPM, err)
+	case errors.Is(err, tpm2.TPMRCPolicyFail):
+		return &PolicyError{Reason: "the TPM says so (" + err.Error() + ")"}
+	}
+	return err
+}
+
+func lockoutError(t TPM) error {
+	v, err := properties(t, tpm2.TPMPTPermanent, 20)
+	if err != nil {
+		return &LockoutError{}
+	}
+	e := &LockoutError{Counter: v[tpm2.TPMPTLockoutCounter], Max: v[tpm2.TPMPTMaxAuthFail]}
+	over := uint64(1)
+	if e.Counter > e.Max {
+		over += uint64(e.Counter - e.Max)
+	}
+	e.WaitSec = over * uint64(v[tpm2.TPMPTLockoutInterval])
+	return e
+}

@@ -1,0 +1,337 @@
+package seal
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// aToken is well-formed and was never in a TPM.
+func aToken(t testing.TB) Token {
+	p := standard(t)
+	digest, err := p.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	srk := srkTemplate()
+	name, err := tpm2.ObjectName(&srk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return Token{
+		Keyslots: []string{"1"}, Private: []byte("private"), PCRs: []int{7}, SignedPCRs: []int{11},
+		PolicyKeyPEM: p.PolicyKeyPEM, PolicyHash: digest,
+		Public: tpm2.Marshal(tpm2.TPMTPublic{Type: tpm2.TPMAlgKeyedHash, NameAlg: tpm2.TPMAlgSHA256,
+			ObjectAttributes: tpm2.TPMAObject{FixedTPM: true, FixedParent: true, NoDA: true},
+			AuthPolicy:       tpm2.TPM2BDigest{Buffer: digest[:]},
+			Parameters:       tpm2.NewTPMUPublicParms(tpm2.TPMAlgKeyedHash, &tpm2.TPMSKeyedHashParms{Scheme: tpm2.TPMTKeyedHashScheme{Scheme: tpm2.TPMAlgNull}}),
+			Unique:           tpm2.NewTPMUPublicID(tpm2.TPMAlgKeyedHash, &tpm2.TPM2BDigest{Buffer: make([]byte, 32)})}),
+		SRK: &SRKRef{Handle: uint32(srkHandle), Name: name.Buffer, Public: tpm2.Marshal(srk)},
+	}
+}
+
+func TestTokenRoundTrip(t *testing.T) {
+	full := aToken(t)
+	pin := full
+	pin.PIN, pin.Salt = true, bytes.Repeat([]byte{9}, saltBytes)
+	old := full
+	old.SRK = nil
+	literal := full
+	literal.SignedPCRs, literal.PolicyKeyPEM = nil, nil
+	for _, token := range []Token{full, pin, old, literal} {
+		b, err := token.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := ParseToken(b)
+		if err != nil {
+			t.Fatalf("%v in %s", err, b)
+		}
+		if !reflect.DeepEqual(got, token) {
+			t.Errorf("round trip gives %+v, want %+v", got, token)
+		}
+	}
+}
+
+func TestParseTokenRefuses(t *testing.T) {
+	token := aToken(t)
+	good, err := token.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := func(name string, v any) func(map[string]any) { return func(m map[string]any) { m[name] = v } }
+	tests := map[string]func(map[string]any){
+		"another type":               set("type", "systemd-fido2"),
+		"pcrlock":                    set("tpm2_pcrlock", true),
+		"SHA-1 bank":                 set("tpm2-pcr-bank", "sha1"),
+		"PCR 24":                     set("tpm2-pcrs", []int{24}),
+		"PCR twice":                  set("tpm2-pcrs", []int{7, 7}),
+		"no tpm2-pcrs":               func(m map[string]any) { delete(m, "tpm2-pcrs") },
+		"no policy key":              func(m map[string]any) { delete(m, "tpm2_pubkey") },
+		"policy key alone":           func(m map[string]any) { delete(m, "tpm2_pubkey_pcrs") },
+		"policy key is no PEM":       set("tpm2_pubkey", []byte("x")),
+		"policy reference":           set("tpm2_pubkey_ref", "initrd"),
+		"policy hash of another":     set("tpm2-policy-hash", strings.Repeat("00", 32)),
+		"policy hash short":          set("tpm2-policy-hash", "00"),
+		"two shards":                 set("tpm2-blob", []string{"AAAA", "AAAA"}),
+		"blob is no base64":          set("tpm2-blob", "?"),
+		"blob cut":                   set("tpm2-blob", "AAAA"),
+		"SRK cut":                    set("tpm2_srk", []byte{0x81, 0, 0, 1}),
+		"SRK name of another":        set("tpm2_srk", badSRK(token)),
+		"RSA primary without handle": func(m map[string]any) { m["tpm2-primary-alg"] = "rsa"; delete(m, "tpm2_srk") },
+	}
+	for name, change := range tests {
+		var m map[string]any
+		if err := json.Unmarshal(good, &m); err != nil {
+			t.Fatal(err)
+		}
+		change(m)
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ParseToken(b); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if _, err := ParseToken(make([]byte, maxTokenBytes+1)); err == nil {
+		t.Error("too long: accepted")
+	}
+	open := token
+	public, err := unmarshalPublic(token.Public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public.ObjectAttributes.UserWithAuth = true
+	open.Public = tpm2.Marshal(public)
+	b, err := open.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ParseToken(b); err == nil {
+		t.Error("userWithAuth: accepted (F46)")
+	}
+}
+
+func badSRK(token Token) []byte {
+	r := *token.SRK
+	r.Name = bytes.Repeat([]byte{7}, len(r.Name))
+	return r.marshal()
+}
+
+func TestParseTokenTolerates(t *testing.T) {
+	good, err := aToken(t).Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m map[string]any
+	if err := json.Unmarshal(good, &m); err != nil {
+		t.Fatal(err)
+	}
+	m["tpm2_something_of_2030"] = map[string]int{"x": 1}
+	m["tpm2-blob"] = []any{m["tpm2-blob"]}
+	m["tpm2-policy-hash"] = []any{m["tpm2-policy-hash"]}
+	b, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseToken(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !reflect.DeepEqual(got, aToken(t)) {
+		t.Errorf("got %+v", got)
+	}
+}
+
+func FuzzParseToken(f *testing.F) {
+	b, err := aToken(f).Marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		token, err := ParseToken(b)
+		if err != nil {
+			t.Skip()
+		}
+		again, err := token.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := ParseToken(again)
+		if err != nil {
+			t.Fatalf("%v in %s", err, again)
+		}
+		third, err := back.Marshal()
+		if err != nil || !bytes.Equal(again, third) {
+			t.Fatalf("Marshal(ParseToken(b)) is not stable: %s, %s", again, third)
+		}
+	})
+}
+
+func TestSignaturesRoundTrip(t *testing.T) {
+	s := signed(t, vendorKey(), "image 1", "image 2")
+	again := signed(t, vendorKey(), "image 1", "image 2")
+	b, err := s.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b2, err := again.Marshal()
+	if err != nil || !bytes.Equal(b, b2) {
+		t.Error("signing is not deterministic")
+	}
+	got, err := ParseSignatures(b)
+	if err != nil || !reflect.DeepEqual(got, s) {
+		t.Errorf("round trip: %v, %+v", err, got)
+	}
+	for name, bad := range map[string]string{
+		"no JSON":       "{",
+		"pol short":     `{"sha256":[{"pcrs":[11],"pkfp":"` + strings.Repeat("0", 64) + `","pol":"00","sig":""}]}`,
+		"pkfp short":    `{"sha256":[{"pcrs":[11],"pkfp":"00","pol":"` + strings.Repeat("0", 64) + `","sig":""}]}`,
+		"PCR 99":        `{"sha256":[{"pcrs":[99],"pkfp":"` + strings.Repeat("0", 64) + `","pol":"` + strings.Repeat("0", 64) + `","sig":""}]}`,
+		"no PCR":        `{"sha256":[{"pcrs":[],"pkfp":"` + strings.Repeat("0", 64) + `","pol":"` + strings.Repeat("0", 64) + `","sig":""}]}`,
+		"sig is no b64": `{"sha256":[{"pcrs":[11],"pkfp":"` + strings.Repeat("0", 64) + `","pol":"` + strings.Repeat("0", 64) + `","sig":"?"}]}`,
+	} {
+		if _, err := ParseSignatures([]byte(bad)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if got, err := ParseSignatures([]byte(`{"sha1":[{"pcrs":[11]}],"sha384":[]}`)); err != nil || len(got) != 0 {
+		t.Errorf("other banks: %v, %v", got, err)
+	}
+}
+
+func FuzzParseSignatures(f *testing.F) {
+	b, err := signed(f, vendorKey(), "image 1").Marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		s, err := ParseSignatures(b)
+		if err != nil {
+			t.Skip()
+		}
+		out, err := s.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := ParseSignatures(out)
+		if err != nil || len(back) != len(s) {
+			t.Fatalf("%v: %s", err, out)
+		}
+		again, err := back.Marshal()
+		if err != nil || !bytes.Equal(out, again) {
+			t.Fatal("Marshal(ParseSignatures(b)) is not stable")
+		}
+	})
+}
+
+func TestRecordRoundTrip(t *testing.T) {
+	r := Record{Policy: PolicyStandard, PCRs: map[int]pcr.Digest{0: bootedPCR(0), 7: bootedPCR(7), 11: image("image 1"), 12: {}},
+		SRKName: []byte{0, 0xb, 1, 2}, Release: "1.2.3"}
+	b, err := r.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseRecord(b)
+	if err != nil || !reflect.DeepEqual(got, r) {
+		t.Errorf("%v: %+v, want %+v", err, got, r)
+	}
+	for name, bad := range map[string]string{
+		"format 2": strings.Replace(string(b), `"format":1`, `"format":2`, 1),
+		"type":     strings.Replace(string(b), RecordType, "other", 1),
+		"PCR 24":   strings.Replace(string(b), `"12":`, `"24":`, 1),
+		"PCR 07":   strings.Replace(string(b), `"7":`, `"07":`, 1),
+		"srk_name": strings.Replace(string(b), `000b0102`, `zz`, 1),
+	} {
+		if bad == string(b) {
+			t.Fatalf("%s: the test changes nothing", name)
+		}
+		if _, err := ParseRecord([]byte(bad)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+func FuzzParseRecord(f *testing.F) {
+	b, err := Record{Policy: "standard", PCRs: map[int]pcr.Digest{7: {1}}, SRKName: []byte{1}}.Marshal()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := ParseRecord(b)
+		if err != nil {
+			t.Skip()
+		}
+		out, err := r.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		back, err := ParseRecord(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := back.Marshal()
+		if err != nil || !bytes.Equal(out, again) {
+			t.Fatal("Marshal(ParseRecord(b)) is not stable")
+		}
+	})
+}
+
+func TestDescribeListsEverythingBound(t *testing.T) {
+	p := policies(t)["everything"]
+	text := strings.Join(p.Describe(), "\n")
+	for _, want := range []string{"PCR 7: Secure Boot keys and state: exactly", "PCR 11: unified kernel image and boot phase: any value signed", "a PIN"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "degraded") || !strings.Contains(strings.Join(policies(t)["signed"].Describe(), "\n"), "degraded") {
+		t.Error("degraded is said of the wrong policy")
+	}
+	if got := p.Bound(); !reflect.DeepEqual(got, []int{7, 11}) {
+		t.Errorf("Bound() = %v", got)
+	}
+}
+
+func TestExplain(t *testing.T) {
+	old := map[int]pcr.Digest{0: bootedPCR(0), 7: bootedPCR(7), 11: image("image 1")}
+	now := map[int]pcr.Digest{0: bootedPCR(0), 7: pcr.Extend(pcr.Digest{}, []byte("new")), 11: image("image 1"), 12: {}}
+	log := pcr.Log{Class: pcr.CryptoAgile, Events: []pcr.Event{
+		{PCR: 7, Type: pcr.EventEFIAction, Data: []byte("DMA Protection Disabled"), Digests: []pcr.TaggedDigest{{Alg: pcr.SHA256, Digest: digestOf("new")}}},
+	}}
+	text := strings.Join(Explain(old, now, log), "\n")
+	for _, want := range []string{"PCR 7: Secure Boot keys and state changed", "dbx", "DMA Protection Disabled"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is missing in:\n%s", want, text)
+		}
+	}
+	if strings.Contains(text, "PCR 0") || strings.Contains(text, "PCR 11") || strings.Contains(text, "PCR 12") {
+		t.Errorf("registers that did not change are named:\n%s", text)
+	}
+	log.Events[0].Digests[0].Digest = digestOf("a lie")
+	if text := strings.Join(Explain(old, now, log), "\n"); strings.Contains(text, "DMA") || !strings.Contains(text, "explains nothing") {
+		t.Errorf("a log that does not lead to the register is believed:\n%s", text)
+	}
+	if text := strings.Join(Explain(old, now, pcr.Log{}), "\n"); !strings.Contains(text, "empty") {
+		t.Errorf("without a log:\n%s", text)
+	}
+	if got := Explain(old, old, log); len(got) != 1 || !strings.Contains(got[0], "No register differs") {
+		t.Errorf("nothing changed: %q", got)
+	}
+}
+
+// digestOf is what [pcr.Extend] extends with.
+func digestOf(s string) []byte {
+	d := sha256.Sum256([]byte(s))
+	return d[:]
+}
