@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"path"
 	"reflect"
 	"slices"
 
@@ -73,6 +74,33 @@ type Mount struct {
 	Type        string   `yaml:"type"`
 	Source      string   `yaml:"source"`
 	Options     []string `yaml:"options"`
+}
+
+// IsVolume says whether Source is the name of a volume.
+func (m Mount) IsVolume() bool {
+	if m.Type != "" && m.Type != "bind" || m.Source == "" || path.IsAbs(m.Source) {
+		return false
+	}
+	_, guessed := MountDefaults(m.Source)
+	return !guessed
+}
+
+// MountDefaults is the destination that a mount of a kernel file system has
+// when it names none. ok is false for other types.
+func MountDefaults(fsType string) (destination string, ok bool) {
+	switch fsType {
+	case "proc":
+		return "/proc", true
+	case "sysfs":
+		return "/sys", true
+	case "devpts":
+		return "/dev/pts", true
+	case "mqueue":
+		return "/dev/mqueue", true
+	case "cgroup", "cgroup2":
+		return "/sys/fs/cgroup", true
+	}
+	return "", false
 }
 
 // Device is a device node made in the container and allowed to it. The path

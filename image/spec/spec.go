@@ -27,7 +27,8 @@
 //   - env adds to the image's environment by name (LinuxKit: replaces all of it).
 //   - A bind without options is rw,rbind,rprivate (LinuxKit: rshared).
 //   - maskedPaths and readonlyPaths have runc's defaults unless the container has
-//     CAP_SYS_ADMIN, which could undo them (LinuxKit: none).
+//     CAP_SYS_ADMIN, which could undo them (LinuxKit: none); the same holds for
+//     /sys being read-only (LinuxKit: only with readonly).
 //   - uid, gid and user may be names, looked up in the image (LinuxKit: the name
 //     of a container, which gets a number of its own). Without them the image's
 //     own user holds (LinuxKit: root).

@@ -1,7 +1,6 @@
 package spec
 
 import (
-	"path"
 	"slices"
 	"strings"
 )
@@ -76,33 +75,7 @@ func (r *report) validateImages(s *Spec) {
 	})
 }
 
-// IsVolume says whether Source is the name of a volume.
-func (m Mount) IsVolume() bool {
-	if m.Type != "" && m.Type != "bind" || m.Source == "" || path.IsAbs(m.Source) {
-		return false
-	}
-	_, guessed := MountDefaults(m.Source)
-	return !guessed
-}
-
-// MountDefaults is the destination that a mount of a kernel file system has
-// when it names none. ok is false for other types.
-func MountDefaults(fsType string) (destination string, ok bool) {
-	switch fsType {
-	case "proc":
-		return "/proc", true
-	case "sysfs":
-		return "/sys", true
-	case "devpts":
-		return "/dev/pts", true
-	case "mqueue":
-		return "/dev/mqueue", true
-	case "cgroup", "cgroup2":
-		return "/sys/fs/cgroup", true
-	}
-	return "", false
-}
-
+// volume checks the use of one that the spec has to have.
 func (r *report) volume(s *Spec, at, name string, options []string) {
 	i := slices.IndexFunc(s.Volumes, func(v Volume) bool { return v.Name == name })
 	if i < 0 {
