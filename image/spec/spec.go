@@ -13,8 +13,9 @@
 // wrong type is an error with file, line and column, and all errors come at
 // once, as [*Errors]. A key that LinuxKit has and that means nothing here is in
 // [Spec.Warnings], or, where leaving it out would change what runs, an error of
-// Validate that says what to use instead. So every file that LinuxKit accepts
-// parses, and what cannot be built is found before the build.
+// Validate that says what to use instead. So LinuxKit's files parse as they are
+// (all its valid examples do, in a test), but for values that could not work at
+// run time, such as a relative destination; and what cannot be built is found before the build.
 //
 // # Subset of YAML
 //
@@ -32,8 +33,8 @@
 //   - uid, gid and user may be names, looked up in the image (LinuxKit: the name
 //     of a container, which gets a number of its own). Without them the image's
 //     own user holds (LinuxKit: root).
-//   - trust, kernel.ucode, runtime.namespace, and a volume's format and platforms are
-//     accepted with a warning and ignored.
+//   - trust, kernel.ucode, runtime.namespace and a volume's platforms are accepted
+//     with a warning and ignored.
 //   - runtime.interfaces, runtime.bindNS, runtime.mounts and runtime.cgroups are
 //     accepted by Parse and refused by Validate.
 //   - A volume is a folder in memory; one with an image is read-only.
