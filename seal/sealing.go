@@ -197,14 +197,12 @@ func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatu
 	if err != nil {
 		return nil, err
 	}
-	options := []tpm2.AuthOption{parent.salted(), tpm2.AESEncryption(128, tpm2.EncryptOut)}
+	var auth []byte
 	if token.PIN {
-		auth, err := pinAuth(pin, token.Salt)
-		if err != nil {
+		if auth, err = pinAuth(pin, token.Salt); err != nil {
 			return nil, err
 		}
 		defer clear(auth)
-		options = append(options, tpm2.Auth(auth))
 	}
 	var ticket tpm2.TPMTTKVerified
 	if len(token.SignedPCRs) > 0 {
@@ -212,12 +210,13 @@ func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatu
 			return nil, err
 		}
 	}
-	session, closeSession, err := tpm2.PolicySession(t, tpm2.TPMAlgSHA256, 16, options...)
+	session, err := startPolicySession(t, parent, auth)
 	if err != nil {
-		return nil, fmt.Errorf("start the policy session: %w", err)
+		return nil, err
 	}
-	defer closeSession()
-	if err := runPolicy(t, session.Handle(), token, key, signature, ticket); err != nil {
+	defer session.wipe()
+	defer flush(t, session.handle)
+	if err := runPolicy(t, session.handle, token, key, signature, ticket); err != nil {
 		return nil, err
 	}
 	rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
