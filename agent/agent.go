@@ -1,0 +1,30 @@
+// Package agent is the device at run time, and the only package with effects
+// on the kernel. The same program runs twice in a boot.
+//
+// In the initrd ([RunInitrd]) it loads the modules the build chose, finds the
+// root by the hash in its measured description, maps it with dm-verity, opens
+// the data volumes with one TPM unseal, and closes the TPM's door behind itself
+// by measuring "leave-initrd" into PCR 11: from then on no key can be had in
+// this boot, whoever takes the box over.
+//
+// On the root ([RunSystem]) it is PID 1: it reaps, brings up the network, runs
+// the onboot containers in order, keeps the services, answers on a unix socket
+// ([Client]), and on the way down stops everything and closes the volumes. An
+// image with an init of its own gets the machine instead (hand-off); then only
+// the initrd's part is done and its findings lie in /run/holdfast.
+//
+// # First boot
+//
+// A data partition starts with a marker. [Machine.OpenVolumes] makes all
+// volumes behind their markers, shows the recovery key, and publishes each by
+// one sector; a power cut before that starts over, a cut after loses nothing.
+//
+// # What is not protected
+//
+// Whoever can run code as root in the running appliance reads the data, as the
+// services do. The console shows the recovery key once, at the first boot: who
+// watches the console then knows it. A service's container confines mistakes;
+// it shares the kernel, and there is no seccomp filter. Removing the power does
+// not clear memory at once. Rolling the disk back to an older state of itself
+// is not noticed.
+package agent

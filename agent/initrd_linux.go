@@ -1,0 +1,297 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/agent/dm"
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
+)
+
+const (
+	sysroot = "/sysroot"
+	// rootMapping is the dm name of the verified root; volumes have volumeMapping.
+	rootMapping = "holdfast-root"
+	// The stub puts the UKI's .pcrsig section here (systemd-stub(7)).
+	signaturesPath = "/.extra/tpm2-pcr-signature.json"
+	eventLogPath   = "/sys/kernel/security/tpm0/binary_bios_measurements"
+	// secureBootVariable's content is four bytes of attributes and the value.
+	secureBootVariable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+	setupModeVariable  = "/sys/firmware/efi/efivars/SetupMode-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+)
+
+func volumeMapping(name string) string { return "holdfast-data-" + name }
+
+// initrd is the agent as the first process of a boot.
+type initrd struct {
+	began   time.Time
+	console *os.File
+	log     *slog.Logger
+	boot    image.Boot
+	root    rootPartition
+	device  partition.Device // the whole disk
+	disk    *partition.Disk
+	status  Status
+}
+
+// RunInitrd is the first process of a boot: it finds and verifies the root,
+// opens the data volumes, closes the door behind it (PCR 11) and becomes the
+// root's init. It returns only errors: [ErrReboot], [ErrPowerOff], or what made
+// this boot impossible.
+func RunInitrd(console *os.File) error {
+	i := &initrd{began: time.Now(), console: console, log: slog.New(newConsoleHandler(console))}
+	if err := mountAll(kernelMounts); err != nil {
+		return err
+	}
+	i.status.Boot.KernelMilliseconds = uptime().Milliseconds()
+	for _, step := range []func() error{i.readBoot, i.loadModules, i.mapRoot, i.openVolumes, i.leave} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return i.becomeInit()
+}
+
+// readBoot reads what the build put beside this program, and checks that the
+// kernel was given the command line that belongs to it.
+func (i *initrd) readBoot() error {
+	b, err := os.ReadFile(image.BootPath)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, &i.boot); err != nil {
+		return fmt.Errorf("read %s: %w", image.BootPath, err)
+	}
+	a := i.boot.Appliance
+	i.status.Name, i.status.Version, i.status.Architecture = a.Name, a.Version, a.Architecture
+	i.status.RootHash = i.boot.Root.RootHash
+	i.log.Info("starting", "name", a.Name, "version", a.Version)
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
+	for _, word := range strings.Fields(string(cmdline)) {
+		if hash, ok := strings.CutPrefix(word, "roothash="); ok && hash != i.boot.Root.RootHash {
+			return fmt.Errorf("the kernel command line names the root %s, this initrd belongs to %s: it was changed", hash, i.boot.Root.RootHash)
+		}
+	}
+	return i.floorClock(a.BuildTimeSec)
+}
+
+// floorClock moves a clock that is behind the build forward to it (F89).
+func (i *initrd) floorClock(buildSec int64) error {
+	if time.Now().Unix() >= buildSec {
+		return nil
+	}
+	i.log.Warn("clock was behind the release's build time", "clock", time.Now().UTC().Format(time.RFC3339))
+	return unix.Settimeofday(&unix.Timeval{Sec: buildSec})
+}
+
+// loadModules loads the modules in the order the build computed. A module for
+// hardware that is not there says ENODEV and is no loss; whatever is really
+// missing shows in the step that needs it.
+func (i *initrd) loadModules() error {
+	for _, path := range i.boot.Modules {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		err = unix.FinitModule(int(f.Fd()), "", 0)
+		f.Close()
+		if err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) {
+			i.log.Warn("module not loaded", "module", filepath.Base(path), "error", err)
+		}
+	}
+	return mountAll(firmwareMounts)
+}
+
+// mapRoot finds the root by its hash, puts dm-verity over it and reads the
+// files the next stage starts with, so that damage there is met before any key
+// is asked for.
+func (i *initrd) mapRoot() (err error) {
+	if i.root, err = findRoot(context.Background(), i.boot.Root); err != nil {
+		return err
+	}
+	if i.device, err = partition.OpenShared(i.root.disk); err != nil {
+		return err
+	}
+	if i.disk, err = partition.Open(i.device); err != nil {
+		return fmt.Errorf("disk %s: %w", i.root.disk, err)
+	}
+	if i.disk.Recovered() {
+		i.status.Problems = append(i.status.Problems, "the partition table was read from its backup")
+	}
+	i.status.Slot = i.slot()
+	device, err := dm.Verity(rootMapping, i.root.device, i.boot.Root)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(sysroot, 0o755); err != nil {
+		return err
+	}
+	if err := mount(device, sysroot, "erofs", unix.MS_RDONLY|unix.MS_NODEV, ""); err != nil {
+		return fmt.Errorf("%w: the root is damaged or was changed", err)
+	}
+	for _, path := range []string{image.AgentPath, image.AppliancePath} {
+		if _, err := os.ReadFile(filepath.Join(sysroot, path)); err != nil {
+			return fmt.Errorf("read the verified root: %w", err)
+		}
+	}
+	i.log.Info("root verified", "device", i.root.device, "slot", i.status.Slot)
+	return nil
+}
+
+// slot is the slot of the partition the root was found on.
+func (i *initrd) slot() string {
+	for n, p := range i.disk.Layout().Partitions {
+		device, err := partitionDevice(i.root.disk, n+1)
+		if err == nil && device == i.root.device {
+			if s, ok := strings.CutPrefix(p.Name, "root-"); ok {
+				return s
+			}
+		}
+	}
+	return ""
+}
+
+// openVolumes measures the phase in which keys may be had and opens the volumes.
+func (i *initrd) openVolumes() error {
+	m := &Machine{
+		Log: i.log, Console: i.console, Root: sysroot,
+		Storage:    &kernelStorage{disk: i.root.disk},
+		OpenTPM:    waitForTPM,
+		Signatures: func() ([]byte, error) { return os.ReadFile(signaturesPath) },
+		SecureBoot: secureBootEnforced,
+		EventLog:   func() ([]byte, error) { return os.ReadFile(eventLogPath) },
+	}
+	if err := m.EnterPhase(phaseEnterInitrd); err != nil {
+		i.log.Warn("boot phase not measured", "error", err) // the unseal will say so too, and end in the prompt
+	}
+	parts, err := i.dataPartitions()
+	if err != nil {
+		return err
+	}
+	if err := m.OpenVolumes(i.boot, parts, &i.status); err != nil {
+		return err
+	}
+	// After this no key can be had in this boot. It must not be skipped: a root
+	// that is taken over could else unseal the disk key at leisure.
+	if err := m.EnterPhase(phaseLeaveInitrd); err != nil {
+		return fmt.Errorf("close the TPM behind the initrd: %w", err)
+	}
+	return nil
+}
+
+// dataPartitions finds the volumes' partitions by name on the root's own disk,
+// the last one grown to the end of the disk first.
+func (i *initrd) dataPartitions() ([]Partition, error) {
+	volumes := i.boot.Appliance.Volumes
+	if len(volumes) == 0 {
+		return nil, nil
+	}
+	grown, err := partition.Grow(i.device)
+	if err != nil {
+		return nil, fmt.Errorf("grow the last partition of %s to the end of the disk: %w", i.root.disk, err)
+	}
+	if grown {
+		if i.disk, err = partition.Open(i.device); err != nil {
+			return nil, fmt.Errorf("disk %s: %w", i.root.disk, err)
+		}
+	}
+	layout := i.disk.Layout()
+	if last := len(layout.Partitions); grown {
+		p := layout.Partitions[last-1]
+		i.log.Info("data partition grown", "name", p.Name, "bytes", p.SizeBytes)
+		if err := resizePartition(i.root.disk, last, p.StartBytes, p.SizeBytes); err != nil {
+			return nil, err
+		}
+	}
+	parts := make([]Partition, len(volumes))
+	for k, v := range volumes {
+		for n, p := range layout.Partitions {
+			if p.Name == v.Name {
+				device, _, err := i.disk.Partition(p.Name)
+				if err != nil {
+					return nil, err
+				}
+				parts[k] = Partition{Volume: v, Number: n + 1, Device: device}
+			}
+		}
+		if parts[k].Device == nil {
+			return nil, fmt.Errorf("disk %s has no partition for data volume %s", i.root.disk, v.Name)
+		}
+	}
+	return parts, nil
+}
+
+// leave hands the findings over.
+func (i *initrd) leave() error {
+	i.status.Boot.InitrdMilliseconds = time.Since(i.began).Milliseconds()
+	i.log.Info("initrd done", "ms", i.status.Boot.InitrdMilliseconds, "tpm_ms", i.status.Boot.TPMMilliseconds, "tpm_commands", i.status.Boot.TPMCommands)
+	b, err := json.Marshal(i.status)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(statePath), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(statePath, b, 0o600)
+}
+
+// becomeInit switches to the root and executes its agent, or its own init.
+func (i *initrd) becomeInit() error {
+	argv := []string{image.AgentPath, "system"}
+	if len(i.boot.Appliance.Handoff) > 0 {
+		argv = i.boot.Appliance.Handoff
+		i.log.Info("handing over", "init", argv[0])
+	}
+	if err := switchRoot(sysroot); err != nil {
+		return err
+	}
+	err := unix.Exec(argv[0], argv, []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "TERM=linux"})
+	return fmt.Errorf("execute %s: %w", argv[0], err)
+}
+
+// tpmTime is how long the TPM's driver may take to find its chip.
+const tpmTime = 5 * time.Second
+
+func waitForTPM() (seal.TPM, error) {
+	deadline := time.Now().Add(tpmTime)
+	for {
+		tpm, err := seal.OpenDevice()
+		if err == nil {
+			return tpm, nil
+		}
+		if !errors.Is(err, seal.ErrNoTPM) || time.Now().After(deadline) {
+			return nil, err
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// secureBootEnforced: on, and not in setup mode, where anybody may enrol keys (F26, F82).
+func secureBootEnforced() (bool, error) {
+	on, err := os.ReadFile(secureBootVariable)
+	if err != nil {
+		return false, err
+	}
+	setup, err := os.ReadFile(setupModeVariable)
+	if err != nil {
+		return false, err
+	}
+	if len(on) != 5 || len(setup) != 5 {
+		return false, fmt.Errorf("firmware variables SecureBoot and SetupMode have %d and %d bytes, not 5", len(on), len(setup))
+	}
+	return on[4] == 1 && setup[4] == 0, nil
+}

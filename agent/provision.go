@@ -1,0 +1,269 @@
+package agent
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+)
+
+// secrets are made on the device, once, and leave it only as the recovery key
+// on the console.
+type secrets struct {
+	sealed     []byte // opens the TPM keyslot of every volume
+	management []byte
+	recovery   *luks2.RecoveryKey
+}
+
+func (s *secrets) wipe() {
+	luks2.Wipe(s.sealed)
+	luks2.Wipe(s.management)
+	s.recovery.Wipe()
+}
+
+// provision makes the data volumes of a new box. Everything is written and
+// synced behind the markers of the unprovisioned volumes; the recovery key is
+// shown; then each volume is published by the write of one sector. A power cut
+// before the first of these starts from the beginning at the next boot (the key
+// that was shown is then void, and another is), a cut after it loses nothing.
+func (m *Machine) provision(b image.Boot, vols []*volume) error {
+	m.Log.Info("first boot: provisioning the data volumes", "volumes", len(vols))
+	policy, err := m.checkedPolicy(b)
+	if err != nil {
+		return err
+	}
+	keys, err := m.makeSecrets()
+	if err != nil {
+		return err
+	}
+	defer keys.wipe()
+	token, record, err := m.seal(b, policy, keys.sealed)
+	if err != nil {
+		return err
+	}
+	for _, v := range vols {
+		if err := m.makeVolume(v, keys, token, record); err != nil {
+			return fmt.Errorf("make data volume %s: %w", v.Name, err)
+		}
+	}
+	m.showRecoveryKey(keys.recovery)
+	for _, v := range vols {
+		if err := v.header.Publish(v.Device); err != nil {
+			return fmt.Errorf("publish data volume %s: %w", v.Name, err)
+		}
+	}
+	m.Log.Info("provisioned")
+	return nil
+}
+
+// checkedPolicy refuses to seal where a seal would protect nothing (F27, F28).
+func (m *Machine) checkedPolicy(b image.Boot) (policy seal.Policy, err error) {
+	tpm, err := m.openTPM()
+	if err != nil {
+		return policy, unfit(err)
+	}
+	fitness, err := seal.Check(tpm)
+	if err != nil {
+		return policy, unfit(err)
+	}
+	secureBoot, err := m.SecureBoot()
+	if err != nil {
+		m.Log.Warn("Secure Boot state unknown, taken as off", "error", err)
+	}
+	bound := boundPCRs(secureBoot)
+	var problems []error
+	for _, p := range fitness.Problems(bound) {
+		if !p.Blocks {
+			m.Log.Warn("TPM", "problem", p.String())
+			continue
+		}
+		problems = append(problems, errors.New(p.String()))
+	}
+	if len(problems) > 0 {
+		return policy, unfit(errors.Join(problems...))
+	}
+	values, err := seal.ReadPCRs(tpm, bound)
+	if err != nil {
+		return policy, err
+	}
+	if !secureBoot {
+		m.Log.Warn("degraded", "reason", degradedWithoutSecureBoot)
+	}
+	policy = seal.Standard([]byte(b.Appliance.Seal.PolicyKeyPEM), values)
+	policy.Name = b.Appliance.Seal.Policy
+	return policy, policy.Validate()
+}
+
+func unfit(err error) error {
+	return fmt.Errorf("this box cannot seal its data volumes, so none is made: %w", err)
+}
+
+func (m *Machine) makeSecrets() (*secrets, error) {
+	recovery, err := luks2.GenerateRecoveryKey(m.Rand)
+	if err != nil {
+		return nil, err
+	}
+	s := &secrets{sealed: make([]byte, secretBytes), management: make([]byte, secretBytes), recovery: recovery}
+	for _, b := range [][]byte{s.sealed, s.management} {
+		if _, err := io.ReadFull(m.Rand, b); err != nil {
+			return nil, fmt.Errorf("read randomness: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// seal puts the secret under the policy and tries at once whether it comes back:
+// a seal that this very boot cannot open would be found out only at the next.
+func (m *Machine) seal(b image.Boot, policy seal.Policy, secret []byte) (token seal.Token, record seal.Record, err error) {
+	srk, err := seal.EnsureSRK(m.tpm)
+	if err != nil {
+		return token, record, err
+	}
+	defer srk.Close(m.tpm)
+	if srk.Note != "" {
+		m.Log.Warn("TPM", "storage key", srk.Note)
+	}
+	if token, err = seal.Seal(m.tpm, srk, secret, policy, nil); err != nil {
+		return token, record, err
+	}
+	signatures, err := m.signatures()
+	if err != nil {
+		return token, record, err
+	}
+	back, err := seal.Unseal(m.tpm, token, signatures, nil)
+	if err != nil {
+		return token, record, fmt.Errorf("a trial unseal is refused, so the next boot would be too: %w", err)
+	}
+	luks2.Wipe(back)
+	now, err := seal.ReadPCRs(m.tpm, recordedPCRs)
+	if err != nil {
+		return token, record, err
+	}
+	return token, seal.Record{Policy: policy.Name, PCRs: now, SRKName: srk.Name, Release: b.Appliance.Name + " " + b.Appliance.Version}, nil
+}
+
+// makeVolume writes all of a volume but its first sector, with a file system
+// and the management key inside.
+func (m *Machine) makeVolume(v *volume, keys *secrets, token seal.Token, record seal.Record) (err error) {
+	v.method = "provisioned"
+	v.key = make([]byte, luks2.VolumeKeyBytes)
+	if _, err := io.ReadFull(m.Rand, v.key); err != nil {
+		return fmt.Errorf("read randomness: %w", err)
+	}
+	if v.header, err = m.newHeader(v, keys, token, record); err != nil {
+		return err
+	}
+	if err := v.header.WriteNew(v.Device); err != nil {
+		return err
+	}
+	if v.device, err = m.Storage.Map(v.Partition, v.header, v.key); err != nil {
+		return err
+	}
+	if err := m.Storage.MakeFS(v.device, v.Name); err != nil {
+		return err
+	}
+	if err := m.mount(v); err != nil {
+		return err
+	}
+	return m.keepManagementKey(v, keys.management)
+}
+
+func (m *Machine) newHeader(v *volume, keys *secrets, token seal.Token, record seal.Record) (*luks2.Header, error) {
+	uuid, err := randomUUID(m.Rand)
+	if err != nil {
+		return nil, err
+	}
+	h, err := luks2.Format(luks2.FormatOptions{UUID: uuid, Label: v.Name, Subsystem: "holdfast", SizeBytes: v.Device.Size(), Rand: m.Rand}, v.key)
+	if err != nil {
+		return nil, err
+	}
+	recovery := keys.recovery.Passphrase()
+	sealed := seal.Passphrase(keys.sealed)
+	management := managementPassphrase(keys.management)
+	defer func() {
+		for _, b := range [][]byte{recovery, sealed, management} {
+			luks2.Wipe(b)
+		}
+	}()
+	slot, err := h.AddKeyslot(v.key, recovery, luks2.RecoveryKDF(0), m.Rand)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := h.SetToken(luks2.NextToken, luks2.RecoveryToken(slot)); err != nil {
+		return nil, err
+	}
+	if slot, err = h.AddKeyslot(v.key, sealed, luks2.HighEntropyKDF(), m.Rand); err != nil {
+		return nil, err
+	}
+	token.Keyslots = []string{strconv.Itoa(slot)}
+	raw, err := token.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := h.SetToken(luks2.NextToken, raw); err != nil {
+		return nil, err
+	}
+	if raw, err = record.Marshal(); err != nil {
+		return nil, err
+	}
+	if _, err := h.SetToken(luks2.NextToken, raw); err != nil {
+		return nil, err
+	}
+	_, err = h.AddKeyslot(v.key, management, luks2.HighEntropyKDF(), m.Rand)
+	return h, err
+}
+
+func managementPassphrase(key []byte) []byte {
+	return base64.StdEncoding.AppendEncode(nil, key)
+}
+
+// keepManagementKey puts the key on the volume itself and syncs.
+func (m *Machine) keepManagementKey(v *volume, key []byte) (err error) {
+	dir := filepath.Join(m.Root, v.Volume.Mount, stateFolder)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(dir, managementKeyFile), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := f.Write(managementPassphrase(key)); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+func randomUUID(r io.Reader) (string, error) {
+	var b [16]byte
+	if _, err := io.ReadFull(r, b[:]); err != nil {
+		return "", fmt.Errorf("read randomness: %w", err)
+	}
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80 // RFC 9562 version 4
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:]), nil
+}
+
+// showRecoveryKey prints the key where a person sees it, and nowhere else: the
+// console is not part of any log the agent keeps.
+func (m *Machine) showRecoveryKey(k *luks2.RecoveryKey) {
+	rule := strings.Repeat("=", 78)
+	fmt.Fprintf(m.Console, "\r\n%s\r\n  RECOVERY KEY of this box. Write it down: it is shown once, and it is the only\r\n"+
+		"  way to the data when the TPM or the mainboard is gone.\r\n\r\n  %s\r\n\r\n"+
+		"  It holds from the moment the word \"provisioned\" appears below.\r\n%s\r\n\r\n", rule, k.String(), rule)
+}

@@ -1,0 +1,114 @@
+package agent
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+)
+
+// ErrReboot and ErrPowerOff are what a person asked for at the recovery prompt.
+var (
+	ErrReboot   = errors.New("reboot asked for at the recovery prompt")
+	ErrPowerOff = errors.New("power-off asked for at the recovery prompt")
+)
+
+// wrongKeyDelay slows down guessing at the console; the key has 256 bits, so
+// this is about noise, not about strength.
+const wrongKeyDelay = 2 * time.Second
+
+// recover explains why the TPM refused and asks for the recovery key until the
+// volumes are open. It accepts a key, "reboot" and "poweroff", and nothing else:
+// this prompt never becomes a shell (F80).
+func (m *Machine) recover(vols []*volume, cause error) error {
+	fmt.Fprintf(m.Console, "\r\n%s\r\n", strings.ReplaceAll(m.explanation(cause), "\n", "\r\n"))
+	in := bufio.NewReaderSize(m.Console, 4096)
+	for {
+		fmt.Fprint(m.Console, "\r\nrecovery key (or: reboot, poweroff): ")
+		line, err := readLine(in)
+		if err != nil {
+			return fmt.Errorf("read the recovery key: %w", err)
+		}
+		switch line {
+		case "":
+			continue
+		case "reboot":
+			return ErrReboot
+		case "poweroff":
+			return ErrPowerOff
+		}
+		err = tryRecovery(vols, line)
+		if err == nil {
+			m.Log.Info("opened with the recovery key")
+			return nil
+		}
+		fmt.Fprintf(m.Console, "\r\nnot opened: %v\r\n", err)
+		time.Sleep(wrongKeyDelay)
+	}
+}
+
+// tryRecovery opens the volumes with what a person typed.
+func tryRecovery(vols []*volume, typed string) error {
+	key, err := luks2.ParseRecoveryKey(typed)
+	if err != nil {
+		return err
+	}
+	defer key.Wipe()
+	passphrase := key.Passphrase()
+	defer luks2.Wipe(passphrase)
+	for _, v := range vols {
+		volumeKey, _, err := v.header.Unlock(v.Device, passphrase)
+		if errors.Is(err, luks2.ErrPassphrase) {
+			return fmt.Errorf("data volume %s: this is not its recovery key", v.Name)
+		}
+		if err != nil {
+			return fmt.Errorf("data volume %s: %w", v.Name, err)
+		}
+		v.key, v.method = volumeKey, "recovery"
+	}
+	return nil
+}
+
+// explanation says in plain words what happened and what it may mean.
+func (m *Machine) explanation(cause error) string {
+	var b strings.Builder
+	b.WriteString("The data volumes stay closed: the TPM does not give their key to this boot.\n")
+	fmt.Fprintf(&b, "  reason: %v\n", cause)
+	for _, c := range m.changes {
+		fmt.Fprintf(&b, "  changed: %s\n", c)
+	}
+	switch {
+	case errors.Is(cause, seal.ErrNoTPM):
+		b.WriteString("  This box has no TPM that answers: it may be switched off in the firmware settings, or be gone.\n")
+	case errors.Is(cause, seal.ErrWrongTPM):
+		b.WriteString("  Innocent: the mainboard was replaced, the disk moved, or the TPM cleared by a firmware update.\n" +
+			"  Hostile: somebody took the disk and started it in another box.\n")
+	case errors.Is(cause, seal.ErrLockout):
+		b.WriteString("  The TPM is locked against guessing; it opens again by itself after the time above.\n")
+	default:
+		b.WriteString("  Innocent: a firmware update, or changed firmware settings.\n" +
+			"  Hostile: somebody changed what this box starts.\n")
+	}
+	return b.String()
+}
+
+// readLine reads one line of at most the reader's buffer, without blanks
+// around it.
+func readLine(in *bufio.Reader) (string, error) {
+	line, err := in.ReadSlice('\n')
+	if errors.Is(err, bufio.ErrBufferFull) {
+		for errors.Is(err, bufio.ErrBufferFull) {
+			_, err = in.ReadSlice('\n')
+		}
+		return "", err
+	}
+	if err != nil && (err != io.EOF || len(line) == 0) {
+		return "", err
+	}
+	return strings.TrimSpace(string(line)), nil
+}

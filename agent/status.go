@@ -1,0 +1,107 @@
+package agent
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+)
+
+// Status is what `holdfast-agent status --json` prints. Fields are added, never
+// renamed.
+type Status struct {
+	Name         string `json:"name"`
+	Version      string `json:"version"`
+	Architecture string `json:"architecture"`
+	// Slot is "a" or "b", found by the root hash; "" when the root is on no known slot.
+	Slot     string `json:"slot"`
+	RootHash string `json:"root_hash"`
+	// Policy is the sealing policy in force, whole, a line a rule.
+	Policy   string   `json:"policy"`
+	Rules    []string `json:"rules,omitempty"`
+	Degraded []string `json:"degraded,omitempty"` // why protection is less than the policy's best
+	Problems []string `json:"problems,omitempty"` // what a person should look at
+
+	Volumes  []VolumeStatus  `json:"volumes,omitempty"`
+	Services []ServiceStatus `json:"services,omitempty"`
+
+	Boot BootTimes `json:"boot"`
+}
+
+// VolumeStatus is one data volume.
+type VolumeStatus struct {
+	Name   string `json:"name"`
+	Mount  string `json:"mount"`
+	Device string `json:"device"`
+	UUID   string `json:"uuid"`
+	// Method says how it was opened in this boot: "tpm", "recovery" or "provisioned".
+	Method string `json:"method"`
+}
+
+// ServiceStatus is one container.
+type ServiceStatus struct {
+	Name     string `json:"name"`
+	Kind     string `json:"kind"` // onboot, service
+	State    State  `json:"state"`
+	PID      int    `json:"pid,omitempty"`
+	Restarts int    `json:"restarts"`
+	Reason   string `json:"reason,omitempty"`
+}
+
+// BootTimes are milliseconds; the TPM's part is counted apart because it
+// depends on the chip.
+type BootTimes struct {
+	InitrdMilliseconds int64 `json:"initrd_ms"` // from the agent's first instruction to data mounted
+	TPMMilliseconds    int64 `json:"tpm_ms"`
+	TPMCommands        int   `json:"tpm_commands"`
+	KernelMilliseconds int64 `json:"kernel_ms"` // from the kernel's start to the agent's
+}
+
+// State is where a container is in its life.
+type State string
+
+// The states of a container.
+const (
+	Waiting   State = "waiting"
+	Starting  State = "starting"
+	Running   State = "running" // without a health check, or not yet answered
+	Healthy   State = "healthy"
+	Unhealthy State = "unhealthy"
+	Exited    State = "exited"
+	Failed    State = "failed"
+)
+
+// WriteTo prints the status for a person.
+func (s *Status) WriteTo(w io.Writer) (int64, error) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s %s on %s\n", s.Name, s.Version, s.Architecture)
+	fmt.Fprintf(&b, "slot      %s (root hash %.16s…)\n", orNone(s.Slot), s.RootHash)
+	fmt.Fprintf(&b, "policy    %s\n", orNone(s.Policy))
+	for _, r := range s.Rules {
+		fmt.Fprintf(&b, "            %s\n", r)
+	}
+	for _, d := range s.Degraded {
+		fmt.Fprintf(&b, "DEGRADED  %s\n", d)
+	}
+	for _, p := range s.Problems {
+		fmt.Fprintf(&b, "PROBLEM   %s\n", p)
+	}
+	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)
+	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)
+	for _, v := range s.Volumes {
+		fmt.Fprintf(tw, "volume\t%s\t%s\topened by %s\t%s\n", v.Name, v.Mount, v.Method, v.UUID)
+	}
+	for _, c := range s.Services {
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d restarts\t%s\n", c.Kind, c.Name, c.State, c.Restarts, c.Reason)
+	}
+	tw.Flush()
+	n, err := io.WriteString(w, b.String())
+	return int64(n), err
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "none"
+	}
+	return s
+}

@@ -1,0 +1,94 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/diskfs/go-diskfs/backend/file"
+	"github.com/diskfs/go-diskfs/filesystem/ext4"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/agent/dm"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+)
+
+// kernelStorage is [Storage] by the running kernel.
+type kernelStorage struct {
+	disk string // /dev/vda
+}
+
+const ext4BlockBytes = 4096 // at least dm-crypt's sector, or the kernel refuses to mount
+
+// firstExt4Bytes is the size a file system is made with; Mount grows it to the
+// device. Making it at full size would write the inode tables of the whole disk.
+const firstExt4Bytes = 1 << 30
+
+func (s *kernelStorage) Map(p Partition, h *luks2.Header, key []byte) (string, error) {
+	device, err := partitionDevice(s.disk, p.Number)
+	if err != nil {
+		return "", err
+	}
+	offset, size, sector, cipher := h.Segment()
+	return dm.Crypt(volumeMapping(p.Name), device, cipher, key, offset, size, sector)
+}
+
+func (s *kernelStorage) MakeFS(device, label string) (err error) {
+	f, err := os.OpenFile(device, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	size, err := f.Seek(0, 2)
+	if err != nil {
+		return err
+	}
+	size = min(size, firstExt4Bytes) &^ (ext4BlockBytes - 1)
+	params := &ext4.Params{
+		SectorsPerBlock: ext4BlockBytes / 512,
+		VolumeName:      label,
+		Features:        []ext4.FeatureOpt{ext4.WithFeatureReservedGDTBlocksForExpansion(false)},
+	}
+	if _, err := ext4.Create(file.New(f, false), size, 0, 512, params); err != nil {
+		return fmt.Errorf("make ext4 on %s: %w", device, err)
+	}
+	return f.Sync()
+}
+
+func (s *kernelStorage) Mount(device, at string) error {
+	if err := mount(device, at, "ext4", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOATIME, "errors=remount-ro"); err != nil {
+		return err
+	}
+	return growToDevice(device, at)
+}
+
+// growToDevice grows the mounted file system when its device has room for more.
+func growToDevice(device, at string) error {
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	size, err := f.Seek(0, 2)
+	if err != nil {
+		return err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(at, &st); err != nil {
+		return err
+	}
+	// f_blocks leaves out the metadata overhead, which is far below a group.
+	const group = 128 << 20
+	if size-int64(st.Blocks)*st.Bsize < group {
+		return nil
+	}
+	return growExt4(at, uint64(size/ext4BlockBytes))
+}
+
+func (s *kernelStorage) Unmap(p Partition) error {
+	if err := unix.Unmount(filepath.Join(sysroot, p.Volume.Mount), 0); err != nil {
+		return err
+	}
+	return dm.Remove(volumeMapping(p.Name))
+}

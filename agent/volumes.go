@@ -1,0 +1,427 @@
+package agent
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// stateFolder is the agent's own folder at the top of the first data volume.
+const stateFolder = ".holdfast"
+
+// managementKeyFile holds, on an unlocked volume, the passphrase of the
+// management keyslot: whoever has the volume open may re-seal it (F48).
+const managementKeyFile = "management.key"
+
+// secretBytes is the length of the sealed secret and of the management key.
+const secretBytes = 32
+
+// Storage is what the kernel does with a volume once its key is known.
+type Storage interface {
+	// Map shows the decrypted segment of a volume as a block device.
+	Map(v Partition, header *luks2.Header, key []byte) (device string, err error)
+	// MakeFS makes an empty file system that fills the device.
+	MakeFS(device, label string) error
+	// Mount mounts the file system and grows it to the device when that is larger.
+	Mount(device, at string) error
+	// Unmap unmounts and closes what Map and Mount opened.
+	Unmap(v Partition) error
+}
+
+// Partition is a data volume's place on the disk.
+type Partition struct {
+	image.Volume
+	// Number is the partition's, counted from 1.
+	Number int
+	Device partition.Device
+}
+
+// Machine is everything the agent needs from the box to open its volumes.
+// Tests put a memory disk and a software TPM behind it.
+type Machine struct {
+	Log     *slog.Logger
+	Console io.ReadWriter // where the recovery key is shown and typed
+	Storage Storage
+	// OpenTPM is called at most once a boot.
+	OpenTPM func() (seal.TPM, error)
+	// Signatures is the content of the UKI's .pcrsig section.
+	Signatures func() ([]byte, error)
+	// SecureBoot says whether the firmware enforces the vendor's keys.
+	SecureBoot func() (bool, error)
+	// EventLog is the firmware's, for explanations only.
+	EventLog func() ([]byte, error)
+	// Root is where the release's root is mounted; volumes go below it.
+	Root string
+	// Rand defaults to crypto/rand.
+	Rand io.Reader
+
+	tpm     *meteredTPM
+	changes []string // which PCRs differ, once the TPM has refused
+}
+
+// boundPCRs are the literal registers of the policy standard. Secure Boot on:
+// 7 says that the vendor's keys, and nobody else's, decided what started.
+// Off: 7 proves nothing and any system can make PCR 11 look right, so the very
+// loader and kernel (4) and the command line and add-ons (12) are bound too.
+func boundPCRs(secureBoot bool) []int {
+	if secureBoot {
+		return []int{7}
+	}
+	return []int{4, 7, 12}
+}
+
+// recordedPCRs are kept beside the seal to explain a refusal later.
+var recordedPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 11, 12}
+
+const degradedWithoutSecureBoot = "Secure Boot is off: the volumes are bound to this exact loader and kernel (PCR 4) instead, " +
+	"so every update of either needs a new seal; enrol the vendor's keys in the firmware"
+
+// volume is a data volume on its way to being open.
+type volume struct {
+	Partition
+	header *luks2.Header
+	key    []byte
+	device string
+	method string
+}
+
+// OpenVolumes opens and mounts every data volume, making them first on a disk
+// that was never provisioned. It fills in the parts of the status it knows.
+// Errors are final for this boot; a refused TPM is not one, it ends in the
+// recovery prompt.
+func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err error) {
+	if len(parts) == 0 {
+		return nil
+	}
+	if m.Rand == nil {
+		m.Rand = rand.Reader
+	}
+	vols := make([]*volume, len(parts))
+	for i, p := range parts {
+		vols[i] = &volume{Partition: p}
+	}
+	defer func() {
+		for _, v := range vols {
+			luks2.Wipe(v.key)
+		}
+		if m.tpm != nil {
+			s.Boot.TPMMilliseconds, s.Boot.TPMCommands = m.tpm.spent.Milliseconds(), m.tpm.commands
+		}
+	}()
+	fresh, err := unprovisioned(vols)
+	if err != nil {
+		return err
+	}
+	if fresh {
+		err = m.provision(b, vols)
+	} else {
+		err = m.unlock(b, vols)
+	}
+	if err != nil {
+		return err
+	}
+	m.describe(b, vols, s)
+	return m.seenIdentity(vols)
+}
+
+// unprovisioned says whether the disk is as it came from the builder. The first
+// volume decides: it is published first, and from then on the box has a
+// recovery key somebody may have written down. Later volumes that still carry
+// the marker are finished by unlock.
+func unprovisioned(vols []*volume) (bool, error) {
+	fresh, err := partition.Unprovisioned(vols[0].Device)
+	if err != nil {
+		return false, fmt.Errorf("read data volume %s: %w", vols[0].Name, err)
+	}
+	return fresh, nil
+}
+
+// openTPM opens the TPM once and counts what it is asked.
+func (m *Machine) openTPM() (seal.TPM, error) {
+	if m.tpm != nil {
+		return m.tpm, nil
+	}
+	t, err := m.OpenTPM()
+	if err != nil {
+		return nil, err
+	}
+	m.tpm = &meteredTPM{TPM: t}
+	return m.tpm, nil
+}
+
+// meteredTPM counts commands and the time they take.
+type meteredTPM struct {
+	seal.TPM
+	commands int
+	spent    time.Duration
+}
+
+func (t *meteredTPM) Send(command []byte) ([]byte, error) {
+	began := time.Now()
+	defer func() { t.commands++; t.spent += time.Since(began) }()
+	return t.TPM.Send(command)
+}
+
+// unlock opens volumes that exist: by one unseal for all of them, else by the
+// recovery key.
+func (m *Machine) unlock(b image.Boot, vols []*volume) error {
+	for _, v := range vols {
+		if err := m.readHeader(v); err != nil {
+			return err
+		}
+	}
+	passphrase, slot, err := m.unseal(vols[0])
+	if err == nil {
+		err = openWith(vols, passphrase, slot, "tpm")
+		luks2.Wipe(passphrase)
+	}
+	if err != nil {
+		m.Log.Warn("the TPM does not open the data volumes", "reason", err)
+		if err := m.recover(vols, err); err != nil {
+			return err
+		}
+	}
+	if err := m.finishPublishing(vols); err != nil {
+		return err
+	}
+	for _, v := range vols {
+		if err := m.mount(v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readHeader takes the header into memory, whitelisted (F81), and mends a torn copy.
+func (m *Machine) readHeader(v *volume) error {
+	h, report, err := luks2.Read(v.Device, v.Device.Size())
+	if err != nil {
+		return fmt.Errorf("data volume %s: %w; it was provisioned before, so it is not made anew: "+
+			"restore its header from a backup, or write the image again if the data may be lost", v.Name, err)
+	}
+	v.header = h
+	fresh, err := partition.Unprovisioned(v.Device)
+	if err != nil {
+		return err
+	}
+	// A volume that is not published has a marker where its primary header will
+	// be; finishPublishing sees to that, after it has opened.
+	if !fresh && (damaged(report.Primary) || damaged(report.Secondary)) {
+		m.Log.Warn("mending a copy of the LUKS header", "volume", v.Name)
+		if err := h.Repair(v.Device); err != nil {
+			m.Log.Warn("header not mended", "volume", v.Name, "error", err) // one good copy is enough to go on
+		}
+	}
+	return nil
+}
+
+func damaged(c luks2.CopyReport) bool { return c.Err != nil || c.Stale }
+
+// unseal asks the TPM for the secret all volumes share.
+func (m *Machine) unseal(v *volume) (passphrase []byte, slot int, err error) {
+	token, err := tokenOf(v.header)
+	if err != nil {
+		return nil, 0, fmt.Errorf("data volume %s: %w", v.Name, err)
+	}
+	tpm, err := m.openTPM()
+	if err != nil {
+		return nil, 0, err
+	}
+	signatures, err := m.signatures()
+	if err != nil {
+		return nil, 0, err
+	}
+	secret, err := seal.Unseal(tpm, token, signatures, nil)
+	if err != nil {
+		m.changes = m.explain(v.header, tpm)
+		return nil, 0, err
+	}
+	defer luks2.Wipe(secret)
+	slot, err = strconv.Atoi(token.Keyslots[0]) // ParseToken has seen to one
+	return seal.Passphrase(secret), slot, err
+}
+
+func (m *Machine) signatures() (seal.Signatures, error) {
+	b, err := m.Signatures()
+	if err != nil {
+		return nil, fmt.Errorf("read the vendor's PCR signatures: %w", err)
+	}
+	return seal.ParseSignatures(b)
+}
+
+// tokenOf finds the systemd-tpm2 token.
+func tokenOf(h *luks2.Header) (seal.Token, error) {
+	for _, raw := range h.Tokens() {
+		if tokenType(raw) == seal.TokenType {
+			return seal.ParseToken(raw)
+		}
+	}
+	return seal.Token{}, errors.New("no TPM keyslot")
+}
+
+// recordType is the token type of [seal.Record].
+const recordType = "holdfast-state"
+
+func tokenType(raw json.RawMessage) string {
+	var t struct{ Type string }
+	if json.Unmarshal(raw, &t) != nil {
+		return ""
+	}
+	return t.Type
+}
+
+// recordOf finds what was noted when the volume was sealed; nil when nothing was.
+func recordOf(h *luks2.Header) *seal.Record {
+	for _, raw := range h.Tokens() {
+		if tokenType(raw) == recordType {
+			if r, err := seal.ParseRecord(raw); err == nil {
+				return &r
+			}
+		}
+	}
+	return nil
+}
+
+// openWith unlocks every volume with one passphrase. slot is the first
+// volume's; each volume finds its own when that does not open.
+func openWith(vols []*volume, passphrase []byte, slot int, method string) error {
+	for _, v := range vols {
+		key, err := v.header.UnlockSlot(v.Device, slot, passphrase)
+		if errors.Is(err, luks2.ErrPassphrase) && v != vols[0] {
+			key, _, err = v.header.Unlock(v.Device, passphrase)
+		}
+		if err != nil {
+			return fmt.Errorf("data volume %s: %w", v.Name, err)
+		}
+		v.key, v.method = key, method
+	}
+	return nil
+}
+
+// finishPublishing completes a provisioning that lost power between its first
+// volume and the others. They were whole before the first was published; that
+// they opened with the same secret shows that they belong to it.
+func (m *Machine) finishPublishing(vols []*volume) error {
+	for _, v := range vols {
+		fresh, err := partition.Unprovisioned(v.Device)
+		if err != nil {
+			return err
+		}
+		if !fresh {
+			continue
+		}
+		if err := v.header.Publish(v.Device); err != nil {
+			return fmt.Errorf("data volume %s: %w", v.Name, err)
+		}
+		m.Log.Info("finished the provisioning of a volume", "volume", v.Name)
+	}
+	return nil
+}
+
+func (m *Machine) mount(v *volume) (err error) {
+	if v.device == "" {
+		if v.device, err = m.Storage.Map(v.Partition, v.header, v.key); err != nil {
+			return err
+		}
+	}
+	if err := m.Storage.Mount(v.device, filepath.Join(m.Root, v.Volume.Mount)); err != nil {
+		return err
+	}
+	m.Log.Info("volume open", "name", v.Name, "method", v.method, "mount", v.Volume.Mount)
+	return nil
+}
+
+// describe fills in the status; it reads the token, so that what it shows is
+// what is in force and not what was meant.
+func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
+	for _, v := range vols {
+		s.Volumes = append(s.Volumes, VolumeStatus{Name: v.Name, Mount: v.Volume.Mount, Device: v.device, UUID: v.header.UUID(), Method: v.method})
+	}
+	s.Policy = b.Appliance.Seal.Policy
+	token, err := tokenOf(vols[0].header)
+	if err != nil {
+		s.Problems = append(s.Problems, err.Error())
+		return
+	}
+	s.Rules = token.Policy(b.Appliance.Seal.Policy).Describe()
+	if slices.Contains(token.PCRs, 4) {
+		s.Degraded = append(s.Degraded, degradedWithoutSecureBoot)
+	}
+	if vols[0].method == "recovery" {
+		s.Problems = append(s.Problems, "opened with the recovery key, because the TPM refused")
+		s.Problems = append(s.Problems, m.changes...)
+	}
+}
+
+// identityPCR takes what volumes are open (UAPI.7: 15, volume keys).
+const identityPCR = 15
+
+// phasePCR takes the boot phases; after leaveInitrd no key can be had.
+const phasePCR = 11
+
+// The phases of a boot, as systemd names them.
+const (
+	phaseEnterInitrd = "enter-initrd"
+	phaseLeaveInitrd = "leave-initrd"
+)
+
+// seenIdentity measures which volumes this boot opened. The measurement is a
+// MAC under the volume key, so it cannot be made without the key.
+func (m *Machine) seenIdentity(vols []*volume) error {
+	if m.tpm == nil {
+		return nil // no TPM: nobody can be told
+	}
+	for _, v := range vols {
+		mac := hmac.New(sha256.New, v.key)
+		fmt.Fprintf(mac, "holdfast:%s:%s", v.Name, v.header.UUID())
+		if err := seal.ExtendPCR(m.tpm, identityPCR, mac.Sum(nil)); err != nil {
+			m.Log.Warn("volume identity not measured", "volume", v.Name, "error", err)
+		}
+	}
+	return nil
+}
+
+// EnterPhase measures a boot phase. On a box without a TPM there is nothing to
+// protect and nothing to measure into.
+func (m *Machine) EnterPhase(phase string) error {
+	tpm, err := m.openTPM()
+	if errors.Is(err, seal.ErrNoTPM) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return seal.ExtendPCR(tpm, phasePCR, []byte(phase))
+}
+
+// explain says which PCRs differ from those at the time of sealing.
+func (m *Machine) explain(h *luks2.Header, tpm seal.TPM) []string {
+	record := recordOf(h)
+	if record == nil {
+		return nil
+	}
+	now, err := seal.ReadPCRs(tpm, recordedPCRs)
+	if err != nil {
+		return []string{fmt.Sprintf("PCRs cannot be read: %v", err)}
+	}
+	var log pcr.Log
+	if raw, err := m.EventLog(); err == nil {
+		log, _ = pcr.ParseLog(raw) // a bad log explains less, and nothing depends on it
+	}
+	return seal.Explain(record.PCRs, now, log)
+}
