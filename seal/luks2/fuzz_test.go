@@ -18,7 +18,8 @@ func checksum(raw []byte) {
 
 // FuzzRead puts any bytes into a header whose checksum is right. What is
 // accepted must mean the same when it is written and read again, and opening it
-// must be affordable.
+// must be affordable. Run it with -fuzzminimizetime 10x: the inputs are long, and
+// minimizing them takes longer than finding them.
 func FuzzRead(f *testing.F) {
 	dev := dirty(f)
 	h := newHeader(f)

@@ -300,12 +300,12 @@ func (c *checker) object(path string, raw json.RawMessage) object {
 		return o
 	}
 	if err := json.Unmarshal(raw, &o.fields); err != nil || o.fields == nil {
-		c.fail("%s is not a JSON object", cmpPath(path))
+		c.fail("%s is not a JSON object", nameOf(path))
 	}
 	return o
 }
 
-func cmpPath(path string) string {
+func nameOf(path string) string {
 	if path == "" {
 		return "the metadata"
 	}
@@ -481,6 +481,6 @@ func (o object) ids(name string) []int {
 func (o object) done() {
 	if o.c.err == nil && len(o.fields) > 0 {
 		name := slices.Sorted(maps.Keys(o.fields))[0]
-		o.c.fail("%s: field %q is not supported", cmpPath(o.path), name)
+		o.c.fail("%s: field %q is not supported", nameOf(o.path), name)
 	}
 }

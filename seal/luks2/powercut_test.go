@@ -2,6 +2,7 @@ package luks2
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -151,9 +152,10 @@ func TestPowerCutWhileWriting(t *testing.T) {
 				t.Fatalf("%d groups; want key area, copy, copy, zeros, and nothing after the last Sync", len(dev.groups))
 			}
 			states := 0
+			c := cutChecker{t, map[[32]byte]bool{}}
 			dev.cuts(t, before, func(name string, cut overlay) {
 				states++
-				checkCutWrite(t, name, cut)
+				c.check(name, cut)
 			})
 			if states < 300 {
 				t.Errorf("only %d states", states)
@@ -163,7 +165,31 @@ func TestPowerCutWhileWriting(t *testing.T) {
 	}
 }
 
-func checkCutWrite(t *testing.T, name string, cut overlay) {
+// cutChecker remembers which key areas it has opened with which passphrase, so
+// that hundreds of states with equal ones cost one derivation.
+type cutChecker struct {
+	t      *testing.T
+	opened map[[32]byte]bool
+}
+
+func (c cutChecker) unlock(h *Header, dev io.ReaderAt, slot int, passphrase string) error {
+	s := h.meta.keyslots[slot]
+	sum := sha256.New()
+	fmt.Fprintln(sum, passphrase, slot, h.seqID)
+	if _, err := io.Copy(sum, io.NewSectionReader(dev, s.area.offset, s.area.size)); err != nil {
+		return err
+	}
+	id := [32]byte(sum.Sum(nil))
+	if c.opened[id] {
+		return nil
+	}
+	key, err := h.UnlockSlot(dev, slot, []byte(passphrase))
+	c.opened[id] = err == nil && bytes.Equal(key, testVolumeKey(c.t))
+	return err
+}
+
+func (c cutChecker) check(name string, cut overlay) {
+	t := c.t
 	t.Helper()
 	h, report, err := Read(cut, testSize)
 	if err != nil {
@@ -174,7 +200,7 @@ func checkCutWrite(t *testing.T, name string, cut overlay) {
 		t.Errorf("%s: header %d has %d tokens", name, h.SeqID(), len(h.Tokens()))
 	}
 	for slot, passphrase := range []string{"one", want} {
-		if _, err := h.UnlockSlot(cut, slot, []byte(passphrase)); err != nil {
+		if err := c.unlock(h, cut, slot, passphrase); err != nil {
 			t.Errorf("%s: header %d, slot %d: %v", name, h.SeqID(), slot, err)
 		}
 	}
@@ -184,10 +210,11 @@ func checkCutWrite(t *testing.T, name string, cut overlay) {
 	if err := h.Repair(cut); err != nil {
 		t.Fatalf("%s: repair: %v", name, err)
 	}
-	if err := opens(cut, want); err != nil {
+	h = read(t, cut)
+	if err := c.unlock(h, cut, 1, want); err != nil {
 		t.Errorf("%s: after repair: %v", name, err)
 	}
-	wantUnusedZero(t, read(t, cut), cut)
+	wantUnusedZero(t, h, cut)
 }
 
 // TestPowerCutWhileRepairing cuts the repair of each copy.
@@ -222,6 +249,7 @@ func TestPowerCutWhileProvisioning(t *testing.T) {
 	provision(t, earlier, before)
 	marker := bytes.Repeat([]byte("unprovisioned..."), sector/16)
 	copy(before, marker)
+	copy(before[sector:binaryHeaderBytes], random(t, 98, binaryHeaderBytes)) // the image builder's
 
 	dev := newRecorder(before)
 	h := newHeader(t)

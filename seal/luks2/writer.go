@@ -128,7 +128,8 @@ func refuseLive(dev io.ReaderAt) error {
 // Publish makes a volume that WriteNew wrote good, by the first 4096 bytes of
 // the partition: all but the first sector, Sync, the first sector, Sync. That
 // sector takes the place of the caller's marker, and sectors are written whole
-// or not at all.
+// or not at all. On a medium with sectors of 4096 bytes both writes rewrite the
+// first one, through the page cache, with the same result.
 //
 // Everything that has to be there from the first moment, such as a file system
 // on the volume, is written and synced before.
