@@ -41,15 +41,15 @@ const (
 	// BlockSize is the unit of allocation in bytes.
 	BlockSize = 4096
 
-	maxNameBytes    = 255
-	maxTargetBytes  = 4095             // PATH_MAX without its NUL; a longer link cannot be followed
-	maxXattrBytes   = 12 + 4*(1<<16-2) // what i_xattr_icount can say
-	maxImageBlocks  = 1<<32 - 1        // the superblock's count has 32 bits
-	maxDepth        = 2048             // folders inside each other; PATH_MAX allows no more
-	maxMajor        = 1<<12 - 1        // new_encode_dev
-	maxMinor        = 1<<20 - 1        // new_encode_dev
-	maxLabelBytes   = 16
-	maxXattrName    = 255
-	maxXattrValue   = 1<<16 - 1
-	maxFileSizeByte = maxImageBlocks * BlockSize
+	maxNameBytes   = 255
+	maxTargetBytes = 4095             // PATH_MAX without its NUL; a longer link cannot be followed
+	maxXattrBytes  = 12 + 4*(1<<16-2) // what i_xattr_icount can say
+	maxImageBlocks = 1<<32 - 1        // the superblock's count has 32 bits
+	maxDepth       = 2048             // folders inside each other; PATH_MAX allows no more
+	maxMajor       = 1<<12 - 1        // new_encode_dev
+	maxMinor       = 1<<20 - 1        // new_encode_dev
+	maxLabelBytes  = 16
+	maxXattrName   = 255
+	maxXattrValue  = 1<<16 - 1
+	maxFileBytes   = maxImageBlocks * BlockSize
 )

@@ -175,7 +175,7 @@ func (n *inode) measure() (err error) {
 		if n.node.Content != nil {
 			n.sizeBytes = n.node.Content.Size()
 		}
-		if n.sizeBytes < 0 || n.sizeBytes > maxFileSizeByte {
+		if n.sizeBytes < 0 || n.sizeBytes > maxFileBytes {
 			return fmt.Errorf("a size of %d bytes", n.sizeBytes)
 		}
 	case tree.TypeSymlink:
