@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"slices"
 	"strconv"
@@ -178,8 +179,9 @@ func complete(d *partition.Disk, esp *fat32.FS, c choice, allowed []int) error {
 	return fmt.Errorf("its UKI is of none of the releases %v", allowed)
 }
 
-// eachState runs do on a copy of base and check on every state a cut can leave.
-func eachState(t *testing.T, base *partition.Memory, do func(partition.Device) error, check func(*partition.Memory) error) *partition.Memory {
+// eachState runs do on a copy of base and check on every state a cut can leave,
+// with so many random ones between two Syncs.
+func eachState(t *testing.T, random int, base *partition.Memory, do func(partition.Device) error, check func(*partition.Memory) error) *partition.Memory {
 	t.Helper()
 	rec := powercut.New(base)
 	if err := do(rec); err != nil {
@@ -189,7 +191,7 @@ func eachState(t *testing.T, base *partition.Memory, do func(partition.Device) e
 		t.Fatalf("%d writes, %d syncs, unsynced end %v", rec.Writes(), rec.Syncs(), rec.Unsynced())
 	}
 	n, bad := 0, 0
-	for desc, state := range rec.States(1, 6) {
+	for desc, state := range rec.States(1, random) {
 		n++
 		if err := check(state); err != nil {
 			t.Errorf("cut %s: %v", desc, err)
@@ -233,7 +235,7 @@ func TestPowerCutWriteSlot(t *testing.T) {
 		}
 		allowed := map[partition.Slot][]int{partition.SlotA: {1}, partition.SlotB: append(step.old, step.version)}
 		n := 0
-		state = eachState(t, state, onDisk(func(d *partition.Disk) error {
+		state = eachState(t, 6, state, onDisk(func(d *partition.Disk) error {
 			return d.WriteSlot(context.Background(), partition.SlotB, c, step.o, nil)
 		}), func(cut *partition.Memory) error {
 			if err := intact(cut, allowed); err != nil {
@@ -247,6 +249,28 @@ func TestPowerCutWriteSlot(t *testing.T) {
 		if err := intact(state, map[partition.Slot][]int{partition.SlotA: {1}, partition.SlotB: {step.version}}); err != nil {
 			t.Errorf("%s, no cut: %v", step.name, err)
 		}
+	}
+}
+
+// TestVerifyReadsTheMedium: what is read back has to be flushed before.
+func TestVerifyReadsTheMedium(t *testing.T) {
+	base := partition.NewMemory(160 * mib)
+	newDisk(t, base)
+	rec := powercut.New(base)
+	d, err := partition.Open(rec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, calls := release(2), 0
+	c.Verify = func(io.ReaderAt) error {
+		calls++
+		if rec.Unsynced() {
+			return errors.New("asked before the Sync")
+		}
+		return nil
+	}
+	if err := d.WriteSlot(context.Background(), partition.SlotB, c, partition.WriteOptions{}, nil); err != nil || calls != 1 {
+		t.Errorf("%v, %d calls", err, calls)
 	}
 }
 
@@ -288,11 +312,11 @@ func TestPowerCutBlessAndArm(t *testing.T) {
 			return nil
 		}
 	}
-	good := eachState(t, base, onDisk(func(d *partition.Disk) error { return d.Bless(partition.SlotB) }), check(2, -1))
+	good := eachState(t, 6, base, onDisk(func(d *partition.Disk) error { return d.Bless(partition.SlotB) }), check(2, -1))
 	if err := check(-1)(good); err != nil {
 		t.Errorf("blessed: %v", err)
 	}
-	armed := eachState(t, good, onDisk(func(d *partition.Disk) error { return d.Arm(partition.SlotB, 5) }), check(-1, 5))
+	armed := eachState(t, 6, good, onDisk(func(d *partition.Disk) error { return d.Arm(partition.SlotB, 5) }), check(-1, 5))
 	if err := check(5)(armed); err != nil {
 		t.Errorf("armed: %v", err)
 	}
@@ -322,7 +346,7 @@ func TestPowerCutGrow(t *testing.T) {
 					}
 					return
 				}
-				final := eachState(t, base, func(dev partition.Device) error {
+				final := eachState(t, 12, base, func(dev partition.Device) error {
 					changed, err := partition.Grow(dev)
 					if err == nil && !changed {
 						err = errors.New("nothing changed")
@@ -407,7 +431,7 @@ func TestRecovery(t *testing.T) {
 	}
 }
 
-// TestPowerCutFormat: on a recycled disk there is no table, or the finished disk.
+// TestPowerCutFormat: a recycled disk is whole as it was, no disk, or finished.
 func TestPowerCutFormat(t *testing.T) {
 	base := partition.NewMemory(160 * mib)
 	d := newDisk(t, base)
@@ -422,13 +446,16 @@ func TestPowerCutFormat(t *testing.T) {
 	s.Seed = "another appliance"
 	l := plan(t, s)
 	opened := 0
-	eachState(t, base, func(dev partition.Device) error {
+	eachState(t, 100, base, func(dev partition.Device) error {
 		_, err := partition.Format(dev, l, partition.FormatOptions{})
 		return err
 	}, func(cut *partition.Memory) error {
 		d, err := partition.Open(cut)
-		if err != nil || d.Layout().DiskGUID != l.DiskGUID {
+		if err != nil {
 			return nil
+		}
+		if d.Layout().DiskGUID != l.DiskGUID {
+			return intact(cut, map[partition.Slot][]int{partition.SlotA: {1}}) // still the old disk
 		}
 		opened++
 		volume, _, err := d.Partition("data")
