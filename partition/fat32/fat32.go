@@ -85,7 +85,8 @@ type Repairs struct {
 	FreedBytes   int64
 	// FATSectors is how many sectors differed between the two FATs.
 	FATSectors int
-	// OrphanSlots is how many long name slots had no short entry.
+	// OrphanSlots is how many long name slots had no short entry, or slots were
+	// in use behind a folder's end mark.
 	OrphanSlots int
 	// Renames is how many renames were finished that a cut had left under both names.
 	Renames int

@@ -36,11 +36,11 @@ func (fs *FS) loadFAT() error {
 	sectors := (entries + entriesPerSector - 1) / entriesPerSector
 	fs.fat = make([]uint32, 0, sectors*entriesPerSector)
 	fs.fatDirty = make([]bool, sectors)
-	var bufs [2][]byte
+	bufs := [2][]byte{make([]byte, min(chunkBytes, sectors*sectorSize)), make([]byte, min(chunkBytes, sectors*sectorSize))}
 	for at := int64(0); at < sectors; at += chunkBytes / sectorSize {
 		n := min(chunkBytes/sectorSize, sectors-at)
 		for i := range bufs {
-			bufs[i] = slices.Grow(bufs[i][:0], chunkBytes)[:n*sectorSize]
+			bufs[i] = bufs[i][:n*sectorSize]
 			if err := readFull(fs.dev, bufs[i], fs.geo.fatOff(int64(i))+at*sectorSize); err != nil {
 				return fmt.Errorf("FAT %d: %w", i+1, err)
 			}

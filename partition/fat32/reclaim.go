@@ -6,7 +6,7 @@ import (
 )
 
 // Reclaim repairs what power cuts leave behind: it finishes interrupted
-// renames, frees long name slots without an owner and clusters without a file,
+// renames, frees folder slots without an owner and clusters without a file,
 // makes the second FAT equal to the first, corrects the free count and clears
 // the flag of a volume left in use. A cut during it costs nothing but the rest
 // of the work. The first changing call after Open does the same by itself.
@@ -44,8 +44,11 @@ func (fs *FS) repair() (rep Repairs, err error) {
 				return rep, err
 			}
 		}
+		if err := fs.clearTail(f.dir, f.tail); err != nil {
+			return rep, err
+		}
 		rep.Renames += len(f.stale)
-		rep.OrphanSlots += len(f.orphans)
+		rep.OrphanSlots += len(f.orphans) + len(f.tail)
 	}
 	if fs.damage == nil {
 		rep.LostClusters = fs.dropLost()
@@ -71,6 +74,23 @@ func (fs *FS) repair() (rep Repairs, err error) {
 	}
 	fs.repaired = true
 	return rep, nil
+}
+
+// clearTail zeroes used slots behind the end mark. The format says they are
+// free, but Linux and fsck.vfat read on behind the mark, so a new entry that a
+// cut left there is to go before its clusters do.
+func (fs *FS) clearTail(d *dir, slots []int) error {
+	for i, slot := range slots {
+		clear(d.slot(slot))
+		sector := slot / slotsPerSector
+		if i+1 < len(slots) && slots[i+1]/slotsPerSector == sector {
+			continue
+		}
+		if err := fs.writeSectors(d, sector); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // dropLost zeroes, in memory, the entries of clusters that nothing refers to.
@@ -126,6 +146,7 @@ type fix struct {
 	dir     *dir
 	stale   []record // old names of renames that a cut interrupted
 	orphans []int    // long name slots without an owner
+	tail    []int    // used slots behind the end mark
 }
 
 // survey walks the whole tree, reading only, and finds which clusters belong to
@@ -220,8 +241,14 @@ func (s *survey) visit(d *dir) {
 			s.markFile(&r)
 		}
 	}
-	if len(stale) > 0 || len(orphans) > 0 {
-		s.fixes = append(s.fixes, fix{d, stale, orphans})
+	var tail []int
+	for i := d.end; i < d.slots(); i++ {
+		if d.slot(i)[0] != slotEnd {
+			tail = append(tail, i)
+		}
+	}
+	if len(stale)+len(orphans)+len(tail) > 0 {
+		s.fixes = append(s.fixes, fix{d, stale, orphans, tail})
 	}
 }
 

@@ -426,8 +426,7 @@ func (fs *FS) makeDir(parent *dir, name string, mtime time.Time) error {
 	copy(data, appendStruct(appendStruct(nil, self), up))
 	return inOrder(
 		func() error { return fs.writeAt(data, fs.geo.clusterOff(clusters[0])) },
-		fs.sync,
-		func() error { return fs.link(clusters) },
+		func() error { return fs.link(clusters) }, // syncs the cluster too
 		func() error { return fs.put(parent, place.slot, entrySet(name, e)) },
 	)
 }
@@ -505,8 +504,7 @@ func (fs *FS) extend(d *dir) error {
 	last := d.clusters[len(d.clusters)-1]
 	err = inOrder(
 		func() error { return fs.writeAt(zero, fs.geo.clusterOff(clusters[0])) },
-		fs.sync,
-		func() error { return fs.link(clusters) },
+		func() error { return fs.link(clusters) }, // syncs the cluster too
 		func() error { fs.setNext(last, clusters[0]); return fs.flush() },
 	)
 	d.clusters = append(d.clusters, clusters[0])
