@@ -2,11 +2,14 @@ package partition
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"hash/crc32"
+	"io"
 	"reflect"
 	"strings"
 	"testing"
+	"testing/iotest"
 )
 
 func TestStructSizes(t *testing.T) {
@@ -222,5 +225,18 @@ func TestEntryRoundTrip(t *testing.T) {
 	}
 	if !bytes.Contains(text, []byte("\nversion 000000000012\nsort-key holdfast\narchitecture x64\nefi /EFI/holdfast/a-0011223344556677.efi\n")) {
 		t.Errorf("entry:\n%s", text)
+	}
+}
+
+// TestVerifiedReader: a reader that takes exactly the promised bytes and never
+// asks for the end does not get the last of a wrong content either.
+func TestVerifiedReader(t *testing.T) {
+	good := Bytes("the content that was signed")
+	for text, ok := range map[string]bool{string(good): true, "the content that was sawned": false} {
+		r := &verifiedReader{r: io.NopCloser(iotest.OneByteReader(strings.NewReader(text))), rest: good.Size(), want: good.SHA256(), hash: sha256.New()}
+		got := make([]byte, len(good))
+		if n, err := io.ReadFull(r, got); (err == nil) != ok || ok != (n == len(good)) {
+			t.Errorf("%q: %d bytes, %v", text, n, err)
+		}
 	}
 }

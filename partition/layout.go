@@ -44,7 +44,7 @@ const (
 	MinESPBytes = 64 << 20
 	// MinVolumeBytes is a LUKS2 header of 16 MiB and as much data.
 	MinVolumeBytes = 32 << 20
-	// MaxDiskBytes bounds the sums; 512-byte sectors at 32-bit MBR are not the limit, GPT goes further.
+	// MaxDiskBytes, 1 EiB, keeps sums of sizes within int64.
 	MaxDiskBytes = 1 << 60
 )
 
