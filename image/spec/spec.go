@@ -52,6 +52,7 @@ import (
 	"io"
 	"reflect"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -244,4 +245,24 @@ func syntaxHint(data []byte, line int, message string) string {
 		return "look at the indentation of the lines before it"
 	}
 	return ""
+}
+
+// ImageRefs lists every image reference of the spec once, in the order they
+// stand there.
+func (s *Spec) ImageRefs() []string {
+	var refs []string
+	add := func(ref string) {
+		if ref != "" && !slices.Contains(refs, ref) {
+			refs = append(refs, ref)
+		}
+	}
+	add(s.Kernel.Image)
+	for _, ref := range s.Init {
+		add(ref)
+	}
+	s.sections(func(_ string, _ kind, im *Image) { add(im.Image) })
+	for _, v := range s.Volumes {
+		add(v.Image)
+	}
+	return refs
 }

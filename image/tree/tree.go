@@ -218,6 +218,20 @@ func (f File) Size() int64 { return f.SizeBytes }
 // Open opens the file.
 func (f File) Open() (io.ReadCloser, error) { return os.Open(f.Path) }
 
+// CloneDirs copies the folders below n and shares everything else, so that the
+// copy's names can change while files are stored once.
+func (n *Node) CloneDirs() *Node {
+	c := *n
+	c.children = make(map[string]*Node, len(n.children))
+	for name, child := range n.children {
+		if child.IsDir() {
+			child = child.CloneDirs()
+		}
+		c.children[name] = child
+	}
+	return &c
+}
+
 // Merge lays the tree from over n, as a layer lies over the ones below it: a
 // folder over a folder keeps what it holds and takes the attributes, anything
 // else replaces. The trees share nodes afterwards, so from is used up.

@@ -1,0 +1,118 @@
+package build
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/holdfast-os/holdfast/image/kmod"
+	"github.com/holdfast-os/holdfast/image/oci"
+	"github.com/holdfast-os/holdfast/image/tree"
+)
+
+// kernel is what the boot needs of a kernel image or package.
+type kernel struct {
+	version string // as uname -r prints it
+	image   tree.Content
+	modules []kmod.Module
+	// root is what of the kernel goes into the root file system: LinuxKit's
+	// kernel.tar, nil for a package.
+	root *tree.Node
+}
+
+// alwaysModules are the kernel features the agent itself uses; those that are
+// built in need no module.
+var alwaysModules = []string{
+	"dm_mod", "dm_verity", "dm_crypt", "erofs", "ext4", "overlay", "xts", "sha256_generic",
+}
+
+// usefulModules are taken when the kernel has them as modules: the faster
+// ciphers, the TPM and firmware interfaces, and the disks, networks and power
+// buttons of common hardware and of virtual machines.
+var usefulModules = []string{
+	"aesni_intel", "sha256_ssse3", "aes_generic", "cbc",
+	"tpm_crb", "tpm_tis", "efivarfs", "evdev", "button",
+	"virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_rng",
+	"nvme", "ahci", "sd_mod", "usb_storage", "uas", "xhci_pci",
+}
+
+// openKernel finds kernel and modules: in a Debian package under boot/ and
+// lib/modules/, in a LinuxKit kernel image as kernel and kernel.tar.
+func (b *builder) openKernel() (*kernel, error) {
+	src, err := b.open(b.spec.Kernel.Image, "kernel.image")
+	if err != nil {
+		return nil, err
+	}
+	k := &kernel{}
+	files := src.root
+	if n := find(src.root, b.spec.Kernel.Binary); n != nil {
+		k.image = n.Content
+		if k.root, err = b.kernelTar(src.root); err != nil {
+			return nil, err
+		}
+		files = k.root
+	} else if k.image = debianKernel(src.root); k.image == nil {
+		return nil, b.at("kernel.image", fmt.Errorf("%s holds no /%s and no /boot/vmlinuz-*", b.spec.Kernel.Image, b.spec.Kernel.Binary))
+	}
+	if files == nil {
+		files = tree.NewDir(0o755)
+	}
+	names := append(append([]string{}, alwaysModules...), b.spec.Kernel.Modules...)
+	if k.version, k.modules, err = kmod.Resolve(files, names, usefulModules); err != nil {
+		return nil, b.at("kernel.modules", err)
+	}
+	b.manifest.Kernel = k.version
+	for _, m := range k.modules {
+		b.manifest.Modules = append(b.manifest.Modules, m.Name)
+	}
+	return k, nil
+}
+
+func find(root *tree.Node, p string) *tree.Node {
+	if n := root.Lookup(p); n != nil && n.Type() == tree.TypeRegular && n.Content != nil {
+		return n
+	}
+	return nil
+}
+
+// debianKernel is the only vmlinuz in boot/.
+func debianKernel(root *tree.Node) tree.Content {
+	boot := root.Lookup("/boot")
+	if boot == nil {
+		return nil
+	}
+	for _, name := range boot.Names() {
+		if strings.HasPrefix(name, "vmlinuz-") {
+			if n := find(boot, name); n != nil {
+				return n.Content
+			}
+		}
+	}
+	return nil
+}
+
+// kernelTar reads LinuxKit's tar of modules, which lies in the kernel image.
+func (b *builder) kernelTar(root *tree.Node) (*tree.Node, error) {
+	name := b.spec.Kernel.Tar
+	if name == "" || name == "none" {
+		return nil, nil
+	}
+	n := find(root, name)
+	if n == nil {
+		return nil, b.at("kernel.tar", fmt.Errorf("%s holds no /%s; write `tar: none` when it has no modules", b.spec.Kernel.Image, name))
+	}
+	files, err := b.tarTree(n.Content)
+	if err != nil {
+		return nil, b.at("kernel.tar", fmt.Errorf("/%s of %s: %w", name, b.spec.Kernel.Image, err))
+	}
+	return files, nil
+}
+
+// tarTree indexes a tar that lies inside an image.
+func (b *builder) tarTree(c tree.Content) (*tree.Node, error) {
+	im, err := oci.OpenTar(b.ctx, c, oci.Options{Cache: b.in.Cache})
+	if err != nil {
+		return nil, err
+	}
+	b.opened = append(b.opened, im)
+	return im.Tree(oci.TreeOptions{EpochSec: b.epochSec()})
+}
