@@ -26,5 +26,8 @@
 // watches the console then knows it. A service's container confines mistakes;
 // it shares the kernel, and there is no seccomp filter. Removing the power does
 // not clear memory at once. Rolling the disk back to an older state of itself
-// is not noticed.
+// is not noticed. Who had the box long enough to start a system of his own on
+// it can put volumes of his in the place of all of ours: they open, with nothing
+// of ours in them, and PCR 15 tells a verifier. Who can write to the disk can
+// mark it as new, and the box makes empty volumes and shows him their key.
 package agent

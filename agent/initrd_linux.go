@@ -185,12 +185,7 @@ func (i *initrd) openVolumes() error {
 	if err := m.OpenVolumes(i.boot, parts, &i.status); err != nil {
 		return err
 	}
-	// After this no key can be had in this boot. It must not be skipped: a root
-	// that is taken over could else unseal the disk key at leisure.
-	if err := m.EnterPhase(phaseLeaveInitrd); err != nil {
-		return fmt.Errorf("close the TPM behind the initrd: %w", err)
-	}
-	return nil
+	return m.Leave(&i.status)
 }
 
 // dataPartitions finds the volumes' partitions by name on the root's own disk,

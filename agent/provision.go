@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"crypto/subtle"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -142,7 +143,11 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, secret []byte) (token s
 	if err != nil {
 		return token, record, fmt.Errorf("a trial unseal is refused, so the next boot would be too: %w", err)
 	}
+	same := subtle.ConstantTimeCompare(back, secret) == 1
 	luks2.Wipe(back)
+	if !same {
+		return token, record, errors.New("a trial unseal gives another secret than the one that was sealed: the TPM or the bus to it is faulty")
+	}
 	now, err := seal.ReadPCRs(m.tpm, recordedPCRs)
 	if err != nil {
 		return token, record, err
@@ -242,6 +247,10 @@ func (m *Machine) keepManagementKey(v *volume, key []byte) (err error) {
 	if err := f.Sync(); err != nil {
 		return err
 	}
+	return errors.Join(syncFolder(dir), syncFolder(filepath.Dir(dir)))
+}
+
+func syncFolder(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err
@@ -265,5 +274,5 @@ func (m *Machine) showRecoveryKey(k *luks2.RecoveryKey) {
 	rule := strings.Repeat("=", 78)
 	fmt.Fprintf(m.Console, "\r\n%s\r\n  RECOVERY KEY of this box. Write it down: it is shown once, and it is the only\r\n"+
 		"  way to the data when the TPM or the mainboard is gone.\r\n\r\n  %s\r\n\r\n"+
-		"  It holds from the moment the word \"provisioned\" appears below.\r\n%s\r\n\r\n", rule, k.String(), rule)
+		"  It is void only if a later start of this box shows another one.\r\n%s\r\n\r\n", rule, k.String(), rule)
 }

@@ -34,7 +34,7 @@ func (m *Machine) recover(vols []*volume, cause error) error {
 		if err != nil {
 			return fmt.Errorf("read the recovery key: %w", err)
 		}
-		switch line {
+		switch strings.ToLower(line) {
 		case "":
 			continue
 		case "reboot":
@@ -69,7 +69,7 @@ func tryRecovery(vols []*volume, typed string) error {
 		if err != nil {
 			return fmt.Errorf("data volume %s: %w", v.Name, err)
 		}
-		v.key, v.method = volumeKey, "recovery"
+		v.open(volumeKey, "recovery")
 	}
 	return nil
 }

@@ -57,7 +57,8 @@ type Machine struct {
 	Log     *slog.Logger
 	Console io.ReadWriter // where the recovery key is shown and typed
 	Storage Storage
-	// OpenTPM is called at most once a boot.
+	// OpenTPM is called until it succeeds, and then not again. A TPM that was not
+	// there at first and appears later must still be closed by [Machine.Leave].
 	OpenTPM func() (seal.TPM, error)
 	// Signatures is the content of the UKI's .pcrsig section.
 	Signatures func() ([]byte, error)
@@ -142,13 +143,23 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 // unprovisioned says whether the disk is as it came from the builder. The first
 // volume decides: it is published first, and from then on the box has a
 // recovery key somebody may have written down. Later volumes that still carry
-// the marker are finished by unlock.
+// the marker are finished by unlock. A volume without the marker is never made,
+// so a marker on the first volume alone, which no boot leaves behind, is an error.
 func unprovisioned(vols []*volume) (bool, error) {
-	fresh, err := partition.Unprovisioned(vols[0].Device)
-	if err != nil {
-		return false, fmt.Errorf("read data volume %s: %w", vols[0].Name, err)
+	for i, v := range vols {
+		fresh, err := partition.Unprovisioned(v.Device)
+		if err != nil {
+			return false, fmt.Errorf("data volume %s: %w", v.Name, err)
+		}
+		if !fresh && i == 0 {
+			return false, nil
+		}
+		if !fresh {
+			return false, fmt.Errorf("data volume %s is marked as new and %s is not, so none is made: "+
+				"restore the first 4096 bytes of %[1]s, or write the image again if the data may be lost", vols[0].Name, v.Name)
+		}
 	}
-	return fresh, nil
+	return true, nil
 }
 
 // openTPM opens the TPM once and counts what it is asked.
@@ -308,14 +319,21 @@ func openWith(vols []*volume, passphrase []byte, slot int, method string) error 
 		if err != nil {
 			return fmt.Errorf("data volume %s: %w", v.Name, err)
 		}
-		v.key, v.method = key, method
+		v.open(key, method)
 	}
 	return nil
 }
 
+// open keeps the key of a volume that opened.
+func (v *volume) open(key []byte, method string) {
+	luks2.Wipe(v.key) // of an earlier try that opened only some of the volumes
+	v.key, v.method = key, method
+}
+
 // finishPublishing completes a provisioning that lost power between its first
 // volume and the others. They were whole before the first was published; that
-// they opened with the same secret shows that they belong to it.
+// they opened with the same secret shows that they belong to it. All that is
+// missing is the first sector, and the secondary header has what goes there.
 func (m *Machine) finishPublishing(vols []*volume) error {
 	for _, v := range vols {
 		fresh, err := partition.Unprovisioned(v.Device)
@@ -325,7 +343,7 @@ func (m *Machine) finishPublishing(vols []*volume) error {
 		if !fresh {
 			continue
 		}
-		if err := v.header.Publish(v.Device); err != nil {
+		if err := v.header.Repair(v.Device); err != nil {
 			return fmt.Errorf("data volume %s: %w", v.Name, err)
 		}
 		m.Log.Info("finished the provisioning of a volume", "volume", v.Name)
@@ -407,6 +425,30 @@ func (m *Machine) EnterPhase(phase string) error {
 		return err
 	}
 	return seal.ExtendPCR(tpm, phasePCR, []byte(phase))
+}
+
+// Leave measures the end of the initrd: from then on no key can be had in this
+// boot. It must not be skipped, or a root that is taken over could unseal the
+// disk key at leisure; an error ends the boot.
+//
+// A broken TPM must not keep the data from a person with the recovery key,
+// though. Where that key opened every volume, an error is a problem in the
+// status: this TPM gave no key, and whoever takes the root over has the volume
+// keys in the kernel's memory before him anyway.
+func (m *Machine) Leave(s *Status) error {
+	err := m.EnterPhase(phaseLeaveInitrd)
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("close the TPM behind the initrd: %w", err)
+	for _, v := range s.Volumes {
+		if v.Method != "recovery" {
+			return err
+		}
+	}
+	m.Log.Warn("the TPM stays open", "error", err)
+	s.Problems = append(s.Problems, err.Error())
+	return nil
 }
 
 // explain says which PCRs differ from those at the time of sealing.
