@@ -22,10 +22,6 @@ const (
 	PolicyDiskTheftOnly = "disk-theft-only"
 )
 
-// MaxPolicies is the most TPM states one volume should be sealed for at once:
-// previous, current, predicted next, each a token and keyslot of its own.
-const MaxPolicies = 3
-
 // Policy says which boots get the secret. What is not listed here is not
 // bound: there are no implicit registers (F5).
 type Policy struct {

@@ -2,15 +2,14 @@ package seal
 
 import (
 	"bytes"
+	"crypto"
+	"crypto/ecdh"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -19,7 +18,6 @@ import (
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
@@ -466,6 +464,19 @@ func TestSRK(t *testing.T) {
 	evict(t, tpm)
 	mustOpen(t, tpm, token, sigs, "", secret)
 
+	// Made by a tool that follows the guidance to the letter, then evicted.
+	windows, err := createPrimary(tpm, guidanceTemplate())
+	if err != nil {
+		t.Fatal(err)
+	}
+	persist(t, tpm, windows)
+	theirs, theirSecret := sealed(t, tpm, standard(t), "")
+	if !bytes.Equal(theirs.SRK.Name, windows.Name) {
+		t.Error("a storage root key made by another tool is not used")
+	}
+	evict(t, tpm)
+	mustOpen(t, tpm, theirs, sigs, "", theirSecret)
+
 	// Occupied by something that is not a storage root key (EVE's case).
 	other, err := createPrimary(tpm, legacyTemplate())
 	if err != nil {
@@ -512,6 +523,47 @@ func evict(t *testing.T, tpm TPM) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// F83: a listener on the bus sees everything but the secret, and somebody who
+// changes traffic is noticed.
+func TestBus(t *testing.T) {
+	tpm := sealtest.Start(t)
+	boot(tpm)
+	bus := &bus{TPM: tpm}
+	token, secret := sealed(t, bus, standard(t), "")
+	sigs := signed(t, vendorKey(), "image 1")
+	mustOpen(t, bus, token, sigs, "", secret)
+	for _, hidden := range [][]byte{secret, secret[:8], Passphrase(secret)} {
+		if bytes.Contains(bus.seen, hidden) {
+			t.Error("the secret crossed the bus in clear")
+		}
+	}
+	if !bytes.Contains(bus.seen, token.Private) {
+		t.Fatal("the listener hears nothing; the test proves nothing")
+	}
+	bus.flip = true
+	if got, err := Unseal(bus, token, sigs, nil); err == nil || got != nil || !strings.Contains(err.Error(), "not authentic") {
+		t.Errorf("a changed answer gives %x, %v", got, err)
+	}
+	if n := tpm.Handles(); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
+
+type bus struct {
+	TPM
+	seen []byte
+	flip bool // change a bit of what TPM2_Unseal answers
+}
+
+func (b *bus) Send(command []byte) ([]byte, error) {
+	response, err := b.TPM.Send(command)
+	b.seen = append(append(b.seen, command...), response...)
+	if b.flip && bytes.Equal(command[6:10], []byte{0, 0, 1, 0x5e}) && len(response) > 20 {
+		response[18] ^= 1
+	}
+	return response, err
 }
 
 // F17: something measures while we unseal. PCR 10 is what IMA extends; PCR 16
@@ -846,48 +898,47 @@ func TestTPM12(t *testing.T) {
 	}
 }
 
-type nopTPM struct{ transport.TPM }
-
-func (nopTPM) Close() error { return nil }
-
-func TestOpenDevice(t *testing.T) {
-	tests := []struct {
-		name    string
-		version string
-		answers map[string]error
-		want    error
-		opened  string
-	}{
-		{"resource manager", "2\n", map[string]error{"tpmrm0": nil, "tpm0": nil}, nil, "tpmrm0"},
-		{"old kernel", "2\n", map[string]error{"tpmrm0": fs.ErrNotExist, "tpm0": nil}, nil, "tpm0"},
-		{"no TPM", "", map[string]error{"tpmrm0": fs.ErrNotExist, "tpm0": fs.ErrNotExist}, ErrNoTPM, ""},
-		{"TPM 1.2", "1\n", map[string]error{"tpmrm0": fs.ErrNotExist, "tpm0": nil}, ErrTPM12, ""},
-		{"busy", "2\n", map[string]error{"tpmrm0": fs.ErrNotExist, "tpm0": &fs.PathError{Op: "open", Err: syscall.EBUSY}}, ErrBusy, ""},
-		{"no permission", "2\n", map[string]error{"tpmrm0": fs.ErrPermission}, fs.ErrPermission, ""},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			root := t.TempDir()
-			if tt.version != "" {
-				dir := filepath.Join(root, "sys/class/tpm/tpm0")
-				if err := os.MkdirAll(dir, 0o755); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.WriteFile(filepath.Join(dir, "tpm_version_major"), []byte(tt.version), 0o644); err != nil {
-					t.Fatal(err)
-				}
-			}
-			opened := ""
-			_, err := openDevice(root, func(path string) (transport.TPMCloser, error) {
-				opened = filepath.Base(path)
-				return nopTPM{}, tt.answers[opened]
-			})
-			if !errors.Is(err, tt.want) {
-				t.Errorf("error %v, want %v", err, tt.want)
-			}
-			if tt.want == nil && opened != tt.opened {
-				t.Errorf("opened %s, want %s", opened, tt.opened)
-			}
+// F42: some TPMs leave out the leading zeros of an EC coordinate. Salting for
+// such a key must give the holder of the private half the same secret.
+func TestSaltForShortCoordinate(t *testing.T) {
+	for {
+		private, err := ecdh.P256().GenerateKey(rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		point := private.PublicKey().Bytes()[1:]
+		if point[0] != 0 {
+			continue
+		}
+		public := srkTemplate()
+		public.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
+			X: tpm2.TPM2BECCParameter{Buffer: bytes.TrimLeft(point[:32], "\x00")},
+			Y: tpm2.TPM2BECCParameter{Buffer: bytes.TrimLeft(point[32:], "\x00")},
 		})
+		key, err := tpm2.ImportEncapsulationKey(&public)
+		if err != nil {
+			t.Fatal(err)
+		}
+		salt, encrypted, err := tpm2.CreateEncryptedSalt(rand.Reader, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ephemeral, err := tpm2.Unmarshal[tpm2.TPMSECCPoint](encrypted)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x, y := ephemeral.X.Buffer, ephemeral.Y.Buffer
+		theirs, err := ecdh.P256().NewPublicKey(slices.Concat([]byte{4}, x, y))
+		if err != nil {
+			t.Fatal(err)
+		}
+		z, err := private.ECDH(theirs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := tpm2.KDFe(crypto.SHA256, z, "SECRET", x, point[:32], 256); !bytes.Equal(salt, want) {
+			t.Errorf("salt %x, the TPM gets %x", salt, want)
+		}
+		return
 	}
 }

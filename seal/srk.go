@@ -50,10 +50,19 @@ func (s SRK) auth() tpm2.AuthHandle {
 }
 
 // srkTemplate is the ECC P-256 storage key: attributes 0x00030472 with noDA,
-// AES-128-CFB. Provisioning Guidance §7.5.1. unique is as large as systemd and the guidance have it.
+// AES-128-CFB. Provisioning Guidance §7.5.1, but with an empty unique field as
+// systemd has it, so that either makes the same key.
 func srkTemplate() tpm2.TPMTPublic {
 	t := storageTemplate()
 	t.ObjectAttributes.NoDA = true
+	t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{})
+	return t
+}
+
+// guidanceTemplate has the 64 zero bytes of the guidance, with which Windows
+// and other tools make the key.
+func guidanceTemplate() tpm2.TPMTPublic {
+	t := srkTemplate()
 	t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
 		X: tpm2.TPM2BECCParameter{Buffer: make([]byte, 32)},
 		Y: tpm2.TPM2BECCParameter{Buffer: make([]byte, 32)},
@@ -95,9 +104,8 @@ func isSRK(public tpm2.TPMTPublic) bool {
 	if public.Type != tpm2.TPMAlgECC {
 		return false
 	}
-	public.Unique = legacyTemplate().Unique
 	want := srkTemplate()
-	want.Unique = legacyTemplate().Unique
+	public.Unique = want.Unique
 	return bytes.Equal(tpm2.Marshal(public), tpm2.Marshal(want))
 }
 
@@ -200,14 +208,18 @@ func parentOf(t TPM, token Token) (SRK, error) {
 		}
 	}
 	// The handle was evicted or taken by something else. As long as the TPM
-	// was not cleared, the template still gives the same key.
-	srk, err := createPrimary(t, srkTemplate())
-	if err != nil {
-		return SRK{}, err
-	}
-	if !bytes.Equal(srk.Name, token.SRK.Name) {
+	// was not cleared, one of the templates still gives the same key.
+	var made []byte
+	for _, template := range []tpm2.TPMTPublic{srkTemplate(), guidanceTemplate()} {
+		srk, err := createPrimary(t, template)
+		if err != nil {
+			return SRK{}, err
+		}
+		if bytes.Equal(srk.Name, token.SRK.Name) {
+			return srk, nil
+		}
 		srk.Close(t)
-		return SRK{}, fmt.Errorf("the storage key is %x, the key was sealed under %x: %w", srk.Name, token.SRK.Name, ErrWrongTPM)
+		made = srk.Name
 	}
-	return srk, nil
+	return SRK{}, fmt.Errorf("the storage key is %x, the key was sealed under %x: %w", made, token.SRK.Name, ErrWrongTPM)
 }

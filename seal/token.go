@@ -64,8 +64,8 @@ type tokenJSON struct {
 	Bank       string    `json:"tpm2-pcr-bank,omitempty"`
 	PrimaryAlg string    `json:"tpm2-primary-alg,omitempty"`
 	PolicyHash oneString `json:"tpm2-policy-hash"`
-	PIN        bool      `json:"tpm2-pin"`
-	PCRLock    bool      `json:"tpm2_pcrlock"`
+	PIN        bool      `json:"tpm2-pin,omitempty"`
+	PCRLock    bool      `json:"tpm2_pcrlock,omitempty"`
 	SignedPCRs []int     `json:"tpm2_pubkey_pcrs,omitempty"`
 	PolicyKey  []byte    `json:"tpm2_pubkey,omitempty"`
 	Salt       []byte    `json:"tpm2_salt,omitempty"`

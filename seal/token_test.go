@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -334,4 +336,74 @@ func TestExplain(t *testing.T) {
 func digestOf(s string) []byte {
 	d := sha256.Sum256([]byte(s))
 	return d[:]
+}
+
+// Tokens that systemd-cryptenroll wrote, and a state token of our first
+// format. They must be readable for ever.
+func TestOldTokens(t *testing.T) {
+	read := func(name string) []byte {
+		b, err := os.ReadFile("testdata/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.TrimSpace(b)
+	}
+	new257 := read("systemd-257-everything.json")
+	token, err := ParseToken(new257)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again, err := token.Marshal(); err != nil || !bytes.Equal(again, new257) {
+		t.Errorf("systemd 257 wrote\n%s\nwe write\n%s", new257, again)
+	}
+	if !token.PIN || len(token.Salt) != saltBytes || !slices.Equal(token.PCRs, []int{7}) || !slices.Equal(token.SignedPCRs, []int{11}) {
+		t.Errorf("token of systemd 257: %+v", token)
+	}
+	token, err = ParseToken(read("systemd-252-everything.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !token.PIN || token.Salt != nil || token.SRK != nil || !slices.Equal(token.SignedPCRs, []int{11}) {
+		t.Errorf("token of systemd 252: %+v", token)
+	}
+	record, err := ParseRecord(read("state-1.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if record.Policy != PolicyStandard || record.Release != "1.0.0" || len(record.PCRs) != 3 || record.PCRs[7] != bootedPCR(7) {
+		t.Errorf("record: %+v", record)
+	}
+}
+
+func FuzzParseSRKRef(f *testing.F) {
+	f.Add(aToken(f).SRK.marshal())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r, err := parseSRKRef(b)
+		if err != nil {
+			t.Skip()
+		}
+		if !bytes.Equal(r.marshal(), b) {
+			t.Fatalf("%x is written back as %x", b, r.marshal())
+		}
+	})
+}
+
+func FuzzUnmarshalPublic(f *testing.F) {
+	token := aToken(f)
+	f.Add(token.Public)
+	f.Add(token.SRK.Public)
+	key, err := parsePolicyKey(token.PolicyKeyPEM)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(tpm2.Marshal(key.public))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		public, err := unmarshalPublic(b)
+		if err != nil {
+			t.Skip()
+		}
+		if !bytes.Equal(tpm2.Marshal(public), b) {
+			t.Fatal("Marshal(unmarshalPublic(b)) != b")
+		}
+	})
 }
