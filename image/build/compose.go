@@ -168,9 +168,21 @@ func (b *builder) addContainer(root *tree.Node, c spec.Image, o runtime.Options)
 	return &entry, b.put(root, path.Join(entry.Bundle, "config.json"), 0o644, tree.Bytes(config))
 }
 
-// addMountpoints makes the folders a container's mounts need: its root is
-// read-only, so the runtime cannot.
+// hosts is given to images that have none: most programs expect localhost to
+// resolve, and images leave that to the engine that runs them.
+const hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost\n"
+
+// addMountpoints makes the folders a container's mounts need, and the files
+// engines usually provide: its root is read-only, so the runtime cannot.
 func (b *builder) addMountpoints(root *tree.Node, config []byte) error {
+	for p, text := range map[string]string{"/etc/hosts": hosts, "/etc/resolv.conf": ""} {
+		if root.Lookup(p) != nil {
+			continue
+		}
+		if err := b.put(root, p, 0o644, tree.Bytes(text)); err != nil {
+			return err
+		}
+	}
 	points, err := runtime.Mountpoints(config)
 	if err != nil {
 		return err
