@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
 
@@ -35,15 +37,15 @@ func TestTPMRefuses(t *testing.T) {
 		{"TPM absent", func(b *box) { b.noTPM = seal.ErrNoTPM }, "no TPM that answers"},
 		{"TPM 1.2", func(b *box) { b.noTPM = seal.ErrTPM12 }, "version 1.2"},
 		{"SHA-256 bank missing", func(b *box) { b.tpm = sha1TPM(t); b.powerOn() }, "reason:"},
-		{"PCR 7 changed", func(b *box) { b.release.pcr7 = "other keys"; b.powerOn() }, "changed: PCR 7"},
-		{"PCR 7 extended once more", func(b *box) { b.tpm.Extend(7, "one more") }, "changed: PCR 7"},
-		{"other initrd, own signature kept", func(b *box) { b.release.initrd = "evil"; b.powerOn() }, "changed: PCR 11"},
-		{"other command line", func(b *box) { b.release.cmdline = "init=/bin/sh"; b.powerOn() }, "changed: PCR 11"},
+		{"PCR 7 changed", func(b *box) { b.release.pcr7 = "other keys"; b.powerOn() }, "  PCR 7: "},
+		{"PCR 7 extended once more", func(b *box) { b.tpm.Extend(7, "one more") }, "  PCR 7: "},
+		{"other initrd, own signature kept", func(b *box) { b.release.initrd = "evil"; b.powerOn() }, "  PCR 11: "},
+		{"other command line", func(b *box) { b.release.cmdline = "init=/bin/sh"; b.powerOn() }, "  PCR 11: "},
 		{"other initrd, signed by another key", func(b *box) {
 			b.release.initrd = "evil"
 			b.signatures = b.release.sign(t, strangerKey())
 			b.powerOn()
-		}, "changed: PCR 11"},
+		}, "  PCR 11: "},
 		{"signature missing", func(b *box) { b.signatures = nil }, "PCR signatures"},
 		{"signature by another key", func(b *box) { b.signatures = b.release.sign(t, strangerKey()) }, "reason:"},
 		{"signatures are garbage", func(b *box) { b.signatures = []byte(`{"sha256":[{}]}`) }, "reason:"},
@@ -158,8 +160,15 @@ func TestDoorIsClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if identity[identityPCR] == [32]byte{} {
-		t.Error("the volume's identity was not measured")
+	dev := b.parts()[0].Device
+	h, _, err := luks2.Read(dev, dev.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	mac := hmac.New(sha256.New, []byte(keyOf(s, "data")))
+	mac.Write([]byte("holdfast:data:" + h.UUID()))
+	if want := pcr.Extend(pcr.Digest{}, mac.Sum(nil)); identity[identityPCR] != want {
+		t.Errorf("PCR 15 is %x, want %x", identity[identityPCR], want)
 	}
 }
 
@@ -563,7 +572,7 @@ func TestExplanations(t *testing.T) {
 	for _, cause := range []error{seal.ErrNoTPM, seal.ErrWrongTPM, &seal.LockoutError{Counter: 32, Max: 32, WaitSec: 7200}, &seal.PolicyError{Reason: "x"}} {
 		m := &Machine{changes: []string{"PCR 7 is not what it was"}}
 		text := m.explanation(cause)
-		if !strings.Contains(text, cause.Error()) || !strings.Contains(text, "changed: PCR 7") || seen[text[strings.Index(text, "changed"):]] {
+		if !strings.Contains(text, cause.Error()) || !strings.Contains(text, "  PCR 7 is") || seen[text[strings.Index(text, "changed"):]] {
 			t.Errorf("%v: %s", cause, text)
 		}
 		seen[text[strings.Index(text, "changed"):]] = true

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 )
 
 // consoleHandler prints records for a person at the console:
@@ -51,7 +53,9 @@ func (h *consoleHandler) Handle(_ context.Context, r slog.Record) error {
 
 func formatAttr(a slog.Attr) string {
 	v := a.Value.String()
-	if strings.ContainsAny(v, " \"\n") {
+	// What comes from a disk or a network must not draw on the console.
+	odd := func(r rune) bool { return r == ' ' || r == '"' || !unicode.IsPrint(r) }
+	if v == "" || strings.ContainsFunc(v, odd) || !utf8.ValidString(v) {
 		v = fmt.Sprintf("%q", v)
 	}
 	return " " + a.Key + "=" + v
@@ -123,35 +127,56 @@ func (l *serviceLog) add(line string) {
 		return
 	}
 	if err := l.write(line + "\n"); err != nil {
-		l.path = "" // a full or failed disk must not stop the service; memory goes on
+		l.closeFile() // a full or failed disk must not stop the service; memory goes on
 	}
 }
 
 func (l *serviceLog) write(text string) error {
-	if l.file != nil && l.size+int64(len(text)) > serviceLogBytes {
+	if err := l.openFile(); err != nil {
+		return err
+	}
+	if l.size > 0 && l.size+int64(len(text)) > serviceLogBytes {
 		l.file.Close()
 		l.file = nil
 		if err := os.Rename(l.path, l.path+".1"); err != nil {
 			return err
 		}
-	}
-	if l.file == nil {
-		if err := os.MkdirAll(filepath.Dir(l.path), 0o700); err != nil {
+		if err := l.openFile(); err != nil {
 			return err
 		}
-		f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-		if err != nil {
-			return err
-		}
-		info, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		l.file, l.size = f, info.Size()
 	}
 	n, err := l.file.WriteString(text)
 	l.size += int64(n)
 	return err
+}
+
+func (l *serviceLog) openFile() error {
+	if l.file != nil {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(l.path), 0o700); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(l.path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return err
+	}
+	l.file, l.size = f, info.Size()
+	return nil
+}
+
+// closeFile ends the writing to a file for good: the volume may be about to be
+// unmounted, while a container still prints.
+func (l *serviceLog) closeFile() {
+	if l.file != nil {
+		l.file.Close()
+	}
+	l.file, l.path = nil, ""
 }
 
 // tail is the last n lines.
@@ -164,8 +189,5 @@ func (l *serviceLog) tail(n int) []string {
 func (l *serviceLog) close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.file != nil {
-		l.file.Close()
-		l.file, l.path = nil, ""
-	}
+	l.closeFile()
 }

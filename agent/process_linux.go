@@ -83,13 +83,17 @@ func (p *processes) start(argv []string, attr *os.ProcAttr) (pid int, end <-chan
 	return pid, ch, proc.Release()
 }
 
-// watchPID gives the end of an orphan that became the agent's child.
+// watchPID gives the end of an orphan that became the agent's child. Numbers
+// come round: an end that is kept is this process's only if there is none of
+// that number now. One that has ended and is not collected yet still counts as
+// there, and the mutex keeps it so.
 func (p *processes) watchPID(pid int) <-chan unix.WaitStatus {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	ch := make(chan unix.WaitStatus, 1)
-	if status, ok := p.ended[pid]; ok {
-		delete(p.ended, pid)
+	status, ok := p.ended[pid]
+	delete(p.ended, pid)
+	if ok && unix.Kill(pid, 0) == unix.ESRCH {
 		ch <- status
 		return ch
 	}

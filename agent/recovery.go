@@ -79,8 +79,11 @@ func (m *Machine) explanation(cause error) string {
 	var b strings.Builder
 	b.WriteString("The data volumes stay closed: the TPM does not give their key to this boot.\n")
 	fmt.Fprintf(&b, "  reason: %v\n", cause)
+	if len(m.changes) > 0 {
+		b.WriteString("  changed since the data was sealed:\n")
+	}
 	for _, c := range m.changes {
-		fmt.Fprintf(&b, "  changed: %s\n", c)
+		fmt.Fprintf(&b, "    %s\n", c)
 	}
 	switch {
 	case errors.Is(cause, seal.ErrNoTPM):

@@ -75,7 +75,11 @@ const (
 func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s %s on %s\n", s.Name, s.Version, s.Architecture)
-	fmt.Fprintf(&b, "slot      %s (root hash %.16s…)\n", orNone(s.Slot), s.RootHash)
+	hash := orNone(s.RootHash)
+	if len(hash) > 16 {
+		hash = hash[:16] + "…"
+	}
+	fmt.Fprintf(&b, "slot      %s (root hash %s)\n", orNone(s.Slot), hash)
 	fmt.Fprintf(&b, "policy    %s\n", orNone(s.Policy))
 	for _, r := range s.Rules {
 		fmt.Fprintf(&b, "            %s\n", r)
@@ -92,7 +96,11 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		fmt.Fprintf(tw, "volume\t%s\t%s\topened by %s\t%s\n", v.Name, v.Mount, v.Method, v.UUID)
 	}
 	for _, c := range s.Services {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%d restarts\t%s\n", c.Kind, c.Name, c.State, c.Restarts, c.Reason)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d restarts", c.Kind, c.Name, c.State, c.Restarts)
+		if c.Reason != "" {
+			fmt.Fprintf(tw, "\t%s", c.Reason)
+		}
+		fmt.Fprintln(tw)
 	}
 	tw.Flush()
 	n, err := io.WriteString(w, b.String())
