@@ -1,0 +1,216 @@
+// Command holdfast builds, runs and explains sealed appliances.
+//
+// Data goes to standard output, "error:" and "hint:" lines to standard error.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/image/spec"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+// The exit codes; the package doc and the usage text list them too.
+const (
+	exitDone   = 0
+	exitFailed = 1
+	exitUsage  = 2
+	exitVerify = 3
+)
+
+const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
+
+  init NAME              write a commented starter spec to NAME.yaml
+  keys new DIR           make the vendor's keys: Secure Boot, PCR policy, recovery escrow
+  lock SPEC              pin the images a spec names by tag to digests
+  build SPEC -o OUT      make the release and the disk
+  run OUT                boot it in QEMU with a TPM and firmware that remember
+  inspect FILE           explain a disk, release, UKI or LUKS volume  [--json]
+  version
+
+example:
+  holdfast init ledger && holdfast keys new keys
+  holdfast build ledger.yaml -o out && holdfast run out
+
+'holdfast VERB -h' tells a verb's options.
+exit codes: 0 done, 1 failed, 2 usage, 3 verification failed
+`
+
+// verb is one subcommand. run gets the arguments behind the verb's name.
+type verb struct {
+	name string
+	run  func(ctx context.Context, c *cli, args []string) error
+}
+
+func verbs() []verb {
+	return []verb{
+		{"init", runInit}, {"keys", runKeys}, {"lock", runLock}, {"build", runBuild},
+		{"run", runRun}, {"inspect", runInspect}, {"version", runVersion},
+	}
+}
+
+// cli is where a command talks.
+type cli struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	os.Exit(mainWith(ctx, &cli{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:]))
+}
+
+func mainWith(ctx context.Context, c *cli, args []string) int {
+	if len(args) == 0 {
+		fmt.Fprint(c.err, usage)
+		return exitUsage
+	}
+	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
+		fmt.Fprint(c.out, usage)
+		return exitDone
+	}
+	for _, v := range verbs() {
+		if v.name == args[0] {
+			return c.report(v.run(ctx, c, args[1:]))
+		}
+	}
+	return c.report(usageError{fmt.Sprintf("no verb %q%s", args[0], didYouMean(args[0])), "holdfast help"})
+}
+
+// didYouMean names the verb with the same letters in another order, or with the
+// same beginning; "" when there is none.
+func didYouMean(typed string) string {
+	letters := func(s string) string {
+		b := []byte(s)
+		slices.Sort(b)
+		return string(b)
+	}
+	for _, v := range verbs() {
+		if letters(typed) == letters(v.name) || len(typed) > 2 && strings.HasPrefix(v.name, typed[:3]) {
+			return "; did you mean " + v.name + "?"
+		}
+	}
+	return ""
+}
+
+// usageError is a mistake in how the command was called.
+type usageError struct{ text, hint string }
+
+func (e usageError) Error() string { return e.text }
+
+// hinted adds what to do about an error.
+type hinted struct {
+	error
+	hint string
+}
+
+func (h hinted) Unwrap() error { return h.error }
+
+// errVerification marks what exits with exitVerify.
+var errVerification = errors.New("verification failed")
+
+// report prints the error and returns the exit code.
+func (c *cli) report(err error) int {
+	var (
+		misuse usageError
+		hint   hinted
+		list   *spec.Errors
+	)
+	switch {
+	case err == nil || errors.Is(err, flag.ErrHelp):
+		return exitDone
+	case errors.As(err, &misuse):
+		fmt.Fprintf(c.err, "error: %s\nhint: %s\n", misuse.text, misuse.hint)
+		return exitUsage
+	case errors.As(err, &list):
+		for _, p := range list.List {
+			c.problem("error", p)
+		}
+	default:
+		for i, line := range strings.Split(err.Error(), "\n") { // joined errors
+			if i == 0 {
+				line = "error: " + line
+			}
+			fmt.Fprintln(c.err, plain(line)) // it may quote a stranger's file
+		}
+	}
+	if errors.As(err, &hint) {
+		fmt.Fprintln(c.err, "hint:", hint.hint)
+	}
+	if errors.Is(err, errVerification) {
+		return exitVerify
+	}
+	return exitFailed
+}
+
+// problem prints one finding in a spec.
+func (c *cli) problem(kind string, p spec.Problem) {
+	hint := p.Hint
+	p.Hint = "" // on a line of its own
+	fmt.Fprintf(c.err, "%s: %v\n", kind, p)
+	if hint != "" {
+		fmt.Fprintln(c.err, "hint:", hint)
+	}
+}
+
+// flags makes a verb's flag set; parse checks it and the number of arguments.
+func (c *cli) flags(name, arguments, about string) *flag.FlagSet {
+	f := flag.NewFlagSet(name, flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.Usage = func() {
+		fmt.Fprintf(c.out, "usage: holdfast %s [OPTIONS] %s\n\n%s\n", name, arguments, about)
+		f.SetOutput(c.out)
+		f.PrintDefaults()
+		f.SetOutput(io.Discard)
+	}
+	return f
+}
+
+// parse takes options before and behind the arguments, and wants n of the latter,
+// which is 0 or 1.
+func parse(f *flag.FlagSet, args []string, n int) ([]string, error) {
+	var rest []string
+	for {
+		if err := f.Parse(args); err != nil {
+			if errors.Is(err, flag.ErrHelp) {
+				return nil, err
+			}
+			return nil, usageError{err.Error(), "holdfast " + f.Name() + " -h"}
+		}
+		if f.NArg() == 0 {
+			break
+		}
+		rest, args = append(rest, f.Arg(0)), f.Args()[1:]
+	}
+	if len(rest) != n {
+		got := "none"
+		if len(rest) > 0 {
+			got = fmt.Sprintf("%d: %s", len(rest), strings.Join(rest, " "))
+		}
+		wants := [...]string{"no argument", "1 argument"}[n]
+		return nil, usageError{fmt.Sprintf("%s takes %s, got %s", f.Name(), wants, got), "holdfast " + f.Name() + " -h"}
+	}
+	return rest, nil
+}
+
+func runVersion(_ context.Context, c *cli, args []string) error {
+	if _, err := parse(c.flags("version", "", "Print the version."), args, 0); err != nil {
+		return err
+	}
+	_, err := fmt.Fprintln(c.out, "holdfast", version)
+	return err
+}

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){
+		"holdfast": func() {
+			os.Exit(mainWith(context.Background(), &cli{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:]))
+		},
+	})
+}
+
+// TestScripts runs the program as a person does. Beside testscript's own, the
+// scripts have these commands:
+//
+//	code N PROGRAM ARGUMENTS   run it; it must exit with N
+//	atmost N                   the last standard output has at most N lines
+//	holds FOLDER NAME...       the folder holds exactly these
+//	perm MODE FILE...          permission bits
+//	json TYPE                  the last standard output is one JSON object of that type
+//	flip FILE OFFSET           turn one byte over; from the end when negative
+//	cut FILE SIZE              shorten a file
+//	mkrelease KEYS FOLDER      a small release, signed with these keys
+//	mkdisk FILE [RELEASE]      a disk, with the release in slot A
+//	mkluks FILE                a volume by our own package
+//	kernel FILE                Debian's kernel package
+func TestScripts(t *testing.T) {
+	scripts, err := filepath.Glob("testdata/script/*.txtar")
+	if err != nil || len(scripts) == 0 {
+		t.Fatalf("no scripts: %v", err)
+	}
+	testscript.Run(t, testscript.Params{
+		Files:               scripts,
+		RequireExplicitExec: true,
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("HOME", filepath.Join(e.WorkDir, "home"))
+			e.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
+			e.Setenv("HOLDFAST_INPUTS", os.Getenv("HOLDFAST_INPUTS"))
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
+			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS,
+			"kernel": linkKernel,
+		},
+	})
+}
+
+// arguments checks how a script calls a command; none of them can be negated.
+func arguments(ts *testscript.TestScript, neg bool, args []string, least int) {
+	if neg || len(args) < least {
+		ts.Fatalf("this command takes %d arguments and no !", least)
+	}
+}
+
+func number(ts *testscript.TestScript, text string) int64 {
+	n, err := strconv.ParseInt(text, 0, 64)
+	ts.Check(err)
+	return n
+}
+
+func wantCode(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	got := 0
+	err := ts.Exec(args[1], args[2:]...)
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		got = exit.ExitCode()
+	} else {
+		ts.Check(err)
+	}
+	if int64(got) != number(ts, args[0]) {
+		ts.Fatalf("exit code %d, want %s", got, args[0])
+	}
+}
+
+func wantLines(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	if n := strings.Count(ts.ReadFile("stdout"), "\n"); int64(n) > number(ts, args[0]) {
+		ts.Fatalf("%d lines on standard output, want at most %s", n, args[0])
+	}
+}
+
+func wantEntries(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	entries, err := os.ReadDir(ts.MkAbs(args[0]))
+	ts.Check(err)
+	got := []string{}
+	for _, e := range entries {
+		got = append(got, e.Name())
+	}
+	want := append([]string{}, args[1:]...)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		ts.Fatalf("%s holds %q, want %q", args[0], got, want)
+	}
+}
+
+func wantMode(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	for _, name := range args[1:] {
+		info, err := os.Stat(ts.MkAbs(name))
+		ts.Check(err)
+		if got := info.Mode().Perm(); got != fs.FileMode(number(ts, args[0])) {
+			ts.Fatalf("%s has mode %#o, want %s", name, got, args[0])
+		}
+	}
+}
+
+func wantJSON(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	var head struct{ Type string }
+	if err := json.Unmarshal([]byte(ts.ReadFile("stdout")), &head); err != nil {
+		ts.Fatalf("standard output is not one JSON object: %v", err)
+	}
+	if head.Type != args[0] {
+		ts.Fatalf("type %q, want %q", head.Type, args[0])
+	}
+}
+
+func flip(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	f, err := os.OpenFile(ts.MkAbs(args[0]), os.O_RDWR, 0)
+	ts.Check(err)
+	defer f.Close()
+	off := number(ts, args[1])
+	if off < 0 {
+		info, err := f.Stat()
+		ts.Check(err)
+		off += info.Size()
+	}
+	b := make([]byte, 1)
+	_, err = f.ReadAt(b, off)
+	ts.Check(err)
+	b[0] ^= 0xff
+	_, err = f.WriteAt(b, off)
+	ts.Check(err)
+}
+
+func cut(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	ts.Check(os.Truncate(ts.MkAbs(args[0]), number(ts, args[1])))
+}
+
+// linkKernel puts Debian's kernel package into the script's folder.
+func linkKernel(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	deb := filepath.Join(ts.Getenv("HOLDFAST_INPUTS"), "linux-image.deb")
+	if _, err := os.Stat(deb); err != nil || !filepath.IsAbs(deb) {
+		ts.Fatalf("no kernel package in HOLDFAST_INPUTS=%q: run make inputs, and the tests by make test", ts.Getenv("HOLDFAST_INPUTS"))
+	}
+	ts.Check(os.Symlink(deb, ts.MkAbs(args[0])))
+}
+
+func scriptRelease(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	ts.Check(makeRelease(ts.MkAbs(args[0]), ts.MkAbs(args[1])))
+}
+
+func scriptDisk(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	dir := ""
+	if len(args) > 1 {
+		dir = ts.MkAbs(args[1])
+	}
+	ts.Check(makeDisk(ts.MkAbs(args[0]), dir))
+}
+
+func scriptLUKS(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	f, err := os.Create(ts.MkAbs(args[0]))
+	ts.Check(err)
+	defer f.Close()
+	ts.Check(f.Truncate(volumeBytes))
+	v, err := newVolume()
+	ts.Check(err)
+	_, err = v.AddKeyslot(v.key, []byte("management"), cheapKDF(), nil)
+	ts.Check(err)
+	ts.Check(v.writeTo(f))
+}
