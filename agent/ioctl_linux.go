@@ -12,8 +12,8 @@ import (
 type blkpgPartition struct {
 	start, length int64
 	number        int32
-	devname       [64]byte
-	volname       [64]byte
+	_             [64]byte // device name, unused by the kernel
+	_             [64]byte // volume name, unused by the kernel
 	_             [4]byte
 }
 

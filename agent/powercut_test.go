@@ -16,9 +16,19 @@ import (
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
-// campaign is the long form of the power-cut tests: more random states, and
-// every state gone through to its end.
+// campaign is the long form of the power-cut tests, of some minutes: more random
+// states, and more of them gone through to their end.
 func campaign() bool { return os.Getenv("HOLDFAST_CAMPAIGN") == "1" }
+
+// scratchEvery is how many unprovisioned states there are to one that is
+// provisioned again. What a boot does there is much the same for all, and each
+// costs an argon2id for each volume.
+func scratchEvery() int {
+	if campaign() {
+		return 2
+	}
+	return 6
+}
 
 // firstRun is a first boot on a recorded disk, with what it promised and when.
 type firstRun struct {
@@ -91,7 +101,7 @@ func TestPowerCutWhileProvisioning(t *testing.T) {
 			r := recordFirstBoot(t, b)
 			seeds, random := uint64(1), 2
 			if campaign() {
-				seeds, random = 20, 20
+				seeds, random = 6, 20
 			}
 			var seen [4]int
 			for seed := range seeds {
@@ -141,8 +151,7 @@ func (r *firstRun) checkState(t *testing.T, name string, k int) int {
 				t.Errorf("volume %d was published before the first", i)
 			}
 		}
-		// What a boot does here is the same for all; each costs a provisioning.
-		if campaign() || k%6 == 0 {
+		if k%scratchEvery() == 0 {
 			r.bootFromScratch(t)
 		}
 		return fromScratch
@@ -281,7 +290,7 @@ func TestInterruptedTwice(t *testing.T) {
 	k := 0
 	for name, disk := range second.dev.States(6, 0) {
 		b.disk = disk
-		if k++; second.fresh(0) && k%8 != 0 && !campaign() {
+		if k++; second.fresh(0) && k%scratchEvery() != 0 {
 			continue
 		}
 		second.checkState(t, name, 6*k)

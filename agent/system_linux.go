@@ -224,10 +224,12 @@ func (s *system) status() *Status {
 func (s *system) shutDown(reboot bool) {
 	for _, c := range slices.Backward(s.app.OnShutdown) {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		if err := s.newContainer(c).once(ctx); err != nil {
+		last := s.newContainer(c)
+		if err := last.once(ctx); err != nil {
 			s.log.Warn("onshutdown", "name", c.Name, "error", err)
 		}
 		cancel()
+		last.log.close() // an open log keeps its volume busy
 	}
 	for _, c := range s.containers() {
 		c.log.close()

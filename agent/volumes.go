@@ -376,7 +376,13 @@ func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 		s.Problems = append(s.Problems, err.Error())
 		return
 	}
-	s.Rules = token.Policy(b.Appliance.Seal.Policy).Describe()
+	policy := token.Policy(b.Appliance.Seal.Policy)
+	if record := recordOf(vols[0].header); record != nil {
+		for n := range policy.PCRs { // the token has only their hash
+			policy.PCRs[n] = record.PCRs[n]
+		}
+	}
+	s.Rules = policy.Describe()
 	if slices.Contains(token.PCRs, 4) {
 		s.Degraded = append(s.Degraded, degradedWithoutSecureBoot)
 	}

@@ -200,6 +200,28 @@ func Boot(t TB, disk string, o Options) *Machine {
 	return m
 }
 
+// Copy assembles a second box that is in every respect like b: disk, TPM and
+// firmware. A test that needs a box with a history (provisioned, updated) makes
+// it once and copies it. The box must be off.
+func (b *Box) Copy(t TB) *Machine {
+	t.Helper()
+	dir := t.TempDir()
+	work := filepath.Join(dir, "disk"+filepath.Ext(b.Disk))
+	to := filepath.Join(dir, "box")
+	err := errors.Join(copySparse(work, b.Disk), os.CopyFS(filepath.Join(to, "tpm"), os.DirFS(b.tpmDir())),
+		copySparse(filepath.Join(to, "firmware.vars"), b.varsPath()))
+	if err != nil {
+		t.Fatalf("hwtest: copy box: %v", err)
+	}
+	c, err := NewBox(to, work, b.opts)
+	if err != nil {
+		t.Fatalf("hwtest: copy box: %v", err)
+	}
+	m := &Machine{Box: c, t: t}
+	t.Cleanup(m.finish)
+	return m
+}
+
 // New is [Boot] without the power-on, for tests that change the box first.
 func New(t TB, disk string, o Options) *Machine {
 	t.Helper()

@@ -10,6 +10,9 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/google/go-tpm/tpm2"
+	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 )
 
 // manufactureTPM makes a factory-fresh swtpm state in dir.
@@ -44,4 +47,37 @@ func startTPM(dir, path string) (*exec.Cmd, error) {
 	}
 	cmd.Process.Kill()
 	return nil, errors.Join(errors.New("swtpm did not open its control socket in 5 s"), cmd.Wait())
+}
+
+// ClearTPM does what a firmware's "clear TPM" does: the storage hierarchy gets a
+// new seed, so nothing sealed before can be loaded again. The box must be off.
+func (b *Box) ClearTPM() (err error) {
+	dir, err := os.MkdirTemp("", "hf")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	socket := filepath.Join(dir, "tpm")
+	cmd := exec.Command("swtpm", "socket", "--tpm2", "--tpmstate", "dir="+b.tpmDir(),
+		"--server", "type=unixio,path="+socket, "--flags", "not-need-init,startup-clear")
+	if err := start(cmd); err != nil {
+		return fmt.Errorf("start swtpm (Debian package swtpm): %w", err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	}()
+	for range 250 {
+		if _, err := os.Stat(socket); err == nil {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	tpm, err := linuxudstpm.Open(socket)
+	if err != nil {
+		return fmt.Errorf("open swtpm: %w", err)
+	}
+	defer func() { err = errors.Join(err, tpm.Close()) }()
+	_, err = tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHPlatform, Auth: tpm2.PasswordAuth(nil)}}.Execute(tpm)
+	return err
 }

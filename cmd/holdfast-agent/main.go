@@ -32,19 +32,28 @@ example: holdfast-agent status --json
 var version = "devel"
 
 func main() {
-	if os.Getpid() == 1 {
-		firstProcess()
+	if stage := stageOfBoot(); stage != nil {
+		firstProcess(stage)
 	}
 	os.Exit(run(os.Args[1:]))
 }
 
-// firstProcess is init: in the initrd the kernel calls it /init, on the root
-// the initrd calls it with the word system.
-func firstProcess() {
-	stage := agent.RunInitrd
-	if len(os.Args) > 1 && os.Args[1] == "system" {
-		stage = func(console *os.File) error { return agent.RunSystem(console) }
+// stageOfBoot is what to do as init: in the initrd the kernel calls this program
+// /init, on the root the initrd calls it with the word system. Being process 1
+// alone says nothing: in a container of its own the tool is that too.
+func stageOfBoot() func(console *os.File) error {
+	switch {
+	case os.Getpid() != 1:
+		return nil
+	case os.Args[0] == "/init":
+		return agent.RunInitrd
+	case len(os.Args) == 2 && os.Args[1] == "system":
+		return func(console *os.File) error { return agent.RunSystem(console) }
 	}
+	return nil
+}
+
+func firstProcess(stage func(console *os.File) error) {
 	console, err := os.OpenFile("/dev/console", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
 		console = os.Stderr

@@ -51,7 +51,7 @@ func Data(r io.ReaderAt, sizeBytes int64) (io.ReadCloser, error) {
 			return decompress(io.NewSectionReader(r, m.offset, m.len), suffix)
 		}
 	}
-	return nil, errors.New("Debian package: no data.tar in it")
+	return nil, errors.New("debian package: no data.tar in it")
 }
 
 // list reads the headers of the archive.
@@ -63,18 +63,18 @@ func list(r io.ReaderAt, sizeBytes int64) ([]member, error) {
 	var members []member
 	for at := int64(len(arMagic)); at+headerBytes <= sizeBytes; {
 		if len(members) == maxMembers {
-			return nil, fmt.Errorf("Debian package: more than %d members", maxMembers)
+			return nil, fmt.Errorf("debian package: more than %d members", maxMembers)
 		}
 		header := make([]byte, headerBytes)
 		if _, err := r.ReadAt(header, at); err != nil {
-			return nil, fmt.Errorf("Debian package: read header at byte %d: %w", at, err)
+			return nil, fmt.Errorf("debian package: read header at byte %d: %w", at, err)
 		}
 		n, err := strconv.ParseInt(strings.TrimRight(string(header[48:58]), " "), 10, 64)
 		if string(header[58:]) != trailer || err != nil || n < 0 {
-			return nil, fmt.Errorf("Debian package: damaged header at byte %d", at)
+			return nil, fmt.Errorf("debian package: damaged header at byte %d", at)
 		}
 		if n > sizeBytes-at-headerBytes {
-			return nil, fmt.Errorf("Debian package: member at byte %d has %d bytes, the file ends after %d", at, n, sizeBytes-at-headerBytes)
+			return nil, fmt.Errorf("debian package: member at byte %d has %d bytes, the file ends after %d", at, n, sizeBytes-at-headerBytes)
 		}
 		name := strings.TrimSuffix(strings.TrimRight(string(header[:16]), " "), "/")
 		members = append(members, member{name, at + headerBytes, n})
@@ -90,10 +90,10 @@ func checkVersion(r io.ReaderAt, members []member) error {
 	}
 	version := make([]byte, members[0].len)
 	if _, err := r.ReadAt(version, members[0].offset); err != nil {
-		return fmt.Errorf("Debian package: read version: %w", err)
+		return fmt.Errorf("debian package: read version: %w", err)
 	}
 	if !bytes.HasPrefix(version, []byte("2.")) {
-		return fmt.Errorf("Debian package of format %q; this reads 2.x", strings.TrimSpace(string(version)))
+		return fmt.Errorf("debian package of format %q; this reads 2.x", strings.TrimSpace(string(version)))
 	}
 	return nil
 }
@@ -113,9 +113,9 @@ func decompress(r io.Reader, suffix string) (io.ReadCloser, error) {
 	case ".xz":
 		d, err := xz.NewReader(r)
 		if err != nil {
-			return nil, fmt.Errorf("Debian package: %w", err)
+			return nil, fmt.Errorf("debian package: %w", err)
 		}
 		return io.NopCloser(d), nil
 	}
-	return nil, fmt.Errorf("Debian package: data.tar%s is compressed in a way this does not read; repack it with xz or zstd", suffix)
+	return nil, fmt.Errorf("debian package: data.tar%s is compressed in a way this does not read; repack it with xz or zstd", suffix)
 }

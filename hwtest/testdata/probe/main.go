@@ -1,0 +1,83 @@
+// Command probe is the service of the appliance under test: it keeps records on
+// the data volume and shows what the tests want to see of the box.
+//
+//	PUT  /record/NAME   store the body; answered after it is on the medium
+//	GET  /record/NAME
+//	GET  /file?path=P   a file of the container
+//	GET  /health
+//	GET  /whoami        uid and effective capabilities
+//	POST /die           end with exit status 3
+package main
+
+import (
+	"fmt"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+const folder = "/data"
+
+func main() {
+	http.HandleFunc("GET /health", func(w http.ResponseWriter, r *http.Request) {})
+	http.HandleFunc("PUT /record/{name}", put)
+	http.HandleFunc("GET /record/{name}", func(w http.ResponseWriter, r *http.Request) {
+		http.ServeFile(w, r, filepath.Join(folder, filepath.Base(r.PathValue("name"))))
+	})
+	http.HandleFunc("GET /file", func(w http.ResponseWriter, r *http.Request) {
+		b, err := os.ReadFile(r.FormValue("path"))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusNotFound)
+			return
+		}
+		w.Write(b)
+	})
+	http.HandleFunc("GET /whoami", func(w http.ResponseWriter, r *http.Request) {
+		status, err := os.ReadFile("/proc/self/status")
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		for line := range strings.Lines(string(status)) {
+			if strings.HasPrefix(line, "CapEff:") || strings.HasPrefix(line, "Uid:") {
+				fmt.Fprint(w, line)
+			}
+		}
+	})
+	http.HandleFunc("POST /die", func(w http.ResponseWriter, r *http.Request) { os.Exit(3) })
+	log.Fatal(http.ListenAndServe(":80", nil))
+}
+
+// put stores a record so that it survives a power cut after the answer.
+func put(w http.ResponseWriter, r *http.Request) {
+	if err := store(filepath.Base(r.PathValue("name")), r.Body); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	}
+}
+
+func store(name string, body io.Reader) error {
+	at := filepath.Join(folder, name)
+	f, err := os.Create(at + ".new")
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := io.Copy(f, body); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Rename(at+".new", at); err != nil {
+		return err
+	}
+	d, err := os.Open(folder)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
