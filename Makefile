@@ -11,7 +11,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 
 # What building, running and judging needs of Debian 12.
 PACKAGES := qemu-system-x86 qemu-utils ovmf swtpm swtpm-tools systemd-boot-efi \
-	cryptsetup-bin tpm2-tools sbsigntool mtools dosfstools gdisk erofs-utils \
+	cryptsetup-bin tpm2-tools sbsigntool systemd libtss2-tcti-swtpm0 mtools dosfstools gdisk erofs-utils \
 	e2fsprogs mmdebstrap efitools cpio zstd kmod binutils openssl gcc libc6-dev \
 	ca-certificates curl jq
 
@@ -59,5 +59,48 @@ inputs: $(INPUTS)/linux-image.deb $(INPUTS)/etcd $(BUILD)/keys all
 
 $(BUILD)/keys: | $(BIN)/holdfast
 	$(BIN)/holdfast keys new $@
+
+# systemd 257 of Debian 13, unpacked beside the system: it reads our LUKS2 token,
+# Debian 12's does not know the field for a persistent storage key.
+SYSTEMD_ROOT := /var/tmp/holdfast-systemd-root
+export HOLDFAST_SYSTEMD_ROOT := $(SYSTEMD_ROOT)
+$(SYSTEMD_ROOT)/.complete: | $(BUILD)/tools.stamp
+	rm -rf $(SYSTEMD_ROOT)
+	mmdebstrap --variant=extract --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --quiet \
+		--include=systemd-cryptsetup,cryptsetup-bin,libtss2-esys-3.0.2-0t64,libtss2-rc0t64,libtss2-tcti-swtpm0t64,libtss2-tcti-device0t64 \
+		trixie $(SYSTEMD_ROOT)
+	touch $@
+
+# --- demo, tests, measurements ----------------------------------------------
+
+demo: inputs
+	$(GO) run ./examples/demo
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+lint:
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$unformatted" ] || { echo "error: not gofmt'ed:" $$unformatted >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+# Packages whose tests boot boxes get the two processors for themselves.
+BOOTING := ./hwtest/... ./examples/...
+test: inputs $(SYSTEMD_ROOT)/.complete lint
+	$(GO) test -race -timeout 30m $$($(GO) list ./... | grep -vE '/(hwtest|examples)(/|$$)')
+	$(GO) test -timeout 40m -p 1 -parallel 2 $(BOOTING)
+
+# The long ones: power cuts of real boots, every state of simulated ones, fuzzing.
+CUTS ?= 20
+FUZZTIME ?= 60s
+campaign: inputs
+	HOLDFAST_CAMPAIGN=1 $(GO) test -timeout 2h ./agent/... ./partition/... ./seal/...
+	HOLDFAST_CUTS=$(CUTS) $(GO) test -timeout 3h -parallel 2 -v -run TestPowerCutsDuringFirstBoot ./hwtest
+	set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz || true); do \
+		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p; done; done
+
+bench: inputs
+	$(GO) run ./examples/bench
+
+clean:
+	rm -rf $(BUILD)
 
 FORCE:

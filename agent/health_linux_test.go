@@ -80,7 +80,7 @@ func TestWatchHealth(t *testing.T) {
 		}
 	}))
 	defer server.Close()
-	watch := func(t *testing.T, script func(c *container, sleep func(sec int))) (ended time.Duration, err error, log string) {
+	watch := func(t *testing.T, script func(c *container, sleep func(sec int))) (ended time.Duration, log string, err error) {
 		synctest.Test(t, func(t *testing.T) {
 			var out bytes.Buffer
 			c := &container{
@@ -100,11 +100,11 @@ func TestWatchHealth(t *testing.T) {
 			<-done
 			log = out.String()
 		})
-		return ended, err, log
+		return ended, log, err
 	}
 
 	sick.Store(true)
-	ended, err, _ := watch(t, func(c *container, sleep func(int)) {
+	ended, _, err := watch(t, func(c *container, sleep func(int)) {
 		sleep(59)
 		if got := c.now(); got != Running {
 			t.Errorf("state %s in the time to start", got)
@@ -114,7 +114,7 @@ func TestWatchHealth(t *testing.T) {
 		t.Errorf("never healthy: %v after %v", err, ended)
 	}
 
-	ended, err, log := watch(t, func(c *container, sleep func(int)) {
+	ended, log, err := watch(t, func(c *container, sleep func(int)) {
 		sleep(20)
 		sick.Store(false)
 		sleep(2)
@@ -141,7 +141,7 @@ func TestWatchHealth(t *testing.T) {
 	}
 
 	sick.Store(false)
-	ended, err, _ = watch(t, func(*container, func(int)) {})
+	ended, _, err = watch(t, func(*container, func(int)) {})
 	if !errors.Is(err, context.DeadlineExceeded) || ended != 10*time.Minute {
 		t.Errorf("healthy until the end: %v after %v", err, ended)
 	}

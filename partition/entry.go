@@ -53,8 +53,6 @@ const (
 	// maxTries keeps the counter to one digit, which the loader writes back the
 	// same in all versions.
 	maxTries = 9
-	// maxCounter is what is believed of a name found on disk.
-	maxCounter = 99999
 
 	maxEntryBytes = 64 << 10
 	maxEntryFiles = 256

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/holdfast-os/holdfast/hwtest"
@@ -135,7 +136,7 @@ func (d *demo) firstBoot(ctx context.Context) error {
 	}
 	d.recovery = match[1]
 	fmt.Printf("   the console shows the recovery key: %s\n", d.recovery)
-	return d.expect(`holdfast [\d.]+: provisioned`, `holdfast [\d.]+: ready .*`)
+	return d.expect(`holdfast [\d.]+: provisioned`, `holdfast [\d.]+: ready [^\r\n]*[\r\n]`)
 }
 
 // expect waits for the patterns in turn and shows what matched.
@@ -145,7 +146,7 @@ func (d *demo) expect(patterns ...string) error {
 		if err != nil {
 			return err
 		}
-		fmt.Printf("   console: %s\n", match[0])
+		fmt.Printf("   console: %s\n", strings.TrimSpace(match[0]))
 	}
 	return nil
 }
@@ -210,7 +211,7 @@ func (d *demo) again(ctx context.Context) error {
 	if _, err := d.powerOn(ctx, `volume open name=data method=tpm`); err != nil {
 		return err
 	}
-	if err := d.expect(`holdfast [\d.]+: ready .*`); err != nil {
+	if err := d.expect(`holdfast [\d.]+: ready [^\r\n]*[\r\n]`); err != nil {
 		return err
 	}
 	return d.read(ctx)
@@ -221,23 +222,23 @@ func (d *demo) swapTPM(ctx context.Context) error {
 	if err := d.box.ReplaceTPM(hwtest.TPM20); err != nil {
 		return err
 	}
-	if _, err := d.powerOn(ctx, `The data volumes stay closed.*`); err != nil {
+	if _, err := d.powerOn(ctx, `The data volumes stay closed[^\r\n]*[\r\n]`); err != nil {
 		return err
 	}
-	if err := d.expect(`reason: .*`, `recovery key \(or: reboot, poweroff\):`); err != nil {
+	if err := d.expect(`reason: [^\r\n]*[\r\n]`, `recovery key \(or: reboot, poweroff\):`); err != nil {
 		return err
 	}
 	if err := d.vm.Send("sh\n"); err != nil {
 		return err
 	}
-	return d.expect(`not opened: .*`, `recovery key \(or: reboot, poweroff\):`)
+	return d.expect(`not opened: [^\r\n]*[\r\n]`, `recovery key \(or: reboot, poweroff\):`)
 }
 
 func (d *demo) recover(ctx context.Context) error {
 	if err := d.vm.Send(d.recovery + "\n"); err != nil {
 		return err
 	}
-	if err := d.expect(`opened with the recovery key`, `holdfast [\d.]+: ready .*`); err != nil {
+	if err := d.expect(`opened with the recovery key`, `holdfast [\d.]+: ready [^\r\n]*[\r\n]`); err != nil {
 		return err
 	}
 	return d.read(ctx)
