@@ -84,7 +84,11 @@ example: holdfast build ledger.yaml -o out`)
 		return err
 	}
 	if in.Keys, err = keys.Load(resolve(in.Dir, s.Keys)); err != nil {
-		return hinted{fmt.Errorf("vendor keys: %w", err), "make them with: holdfast keys new " + resolve(in.Dir, s.Keys)}
+		err = fmt.Errorf("vendor keys: %w", err)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = hinted{err, "make them with: holdfast keys new " + resolve(in.Dir, s.Keys)}
+		}
+		return err
 	}
 	if in.Cache, err = openCache(*cache); err != nil {
 		return err
