@@ -24,6 +24,10 @@ const (
 	maxMajor      = 1<<12 - 1
 	maxMinor      = 1<<20 - 1
 	tarBlockBytes = 512
+	// maxSparseRun bounds how often opening a sparse file has to read past others.
+	maxSparseRun = 4096
+	// maxSparseBytes bounds what the holes of one tar expand to.
+	maxSparseBytes = defaultMaxLayerBytes
 )
 
 // entry is one tar header that matters.
@@ -78,7 +82,7 @@ func index(r io.ReaderAt, sizeBytes int64) ([]entry, error) {
 	w := newWindow(r, sizeBytes)
 	tr := tar.NewReader(w)
 	var entries []entry
-	var held int64
+	var held, expanded int64
 	// Where a header starts is known unless sparse files came just before it.
 	from, headers := int64(0), 0
 	for n := 1; ; n++ {
@@ -104,6 +108,8 @@ func index(r io.ReaderAt, sizeBytes int64) ([]entry, error) {
 		}
 		if !isSparse(h) {
 			from, headers = dataEnd(w.off, h), 0
+		} else if expanded += h.Size; headers > maxSparseRun || h.Size > maxSparseBytes || expanded > maxSparseBytes {
+			return nil, fmt.Errorf("tar entry %q: more than %d sparse files in a row or %d bytes in sparse files", h.Name, maxSparseRun, int64(maxSparseBytes))
 		}
 		if !keep {
 			continue

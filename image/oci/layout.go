@@ -273,7 +273,7 @@ func (op *opener) image(s store, doc document) error {
 		if err != nil {
 			return fmt.Errorf("layer %s: %w", d.Digest, err)
 		}
-		if b.size != d.Size {
+		if d.Size < 0 || b.size != d.Size {
 			return fmt.Errorf("layer %s has %d bytes, the manifest says %d", d.Digest, b.size, d.Size)
 		}
 		wanted = append(wanted, wantedLayer{b, d.Digest, diffIDs[i]})

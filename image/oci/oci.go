@@ -91,6 +91,9 @@ func ParseRef(s string) (Ref, error) {
 		return parseLocal(s, transport, rest)
 	}
 	remote, err := name.ParseReference(s)
+	if err == nil && strings.HasPrefix(s, ".") { // the library takes "." for a host
+		err = errors.New("a path without a transport")
+	}
 	if err != nil {
 		return Ref{}, fmt.Errorf("image reference %q: %w (a local image starts with oci:, docker-archive:, dir:, tar: or deb:)", s, err)
 	}

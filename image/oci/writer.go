@@ -116,7 +116,7 @@ type LayoutOptions struct {
 
 // WriteLayout writes an OCI image layout of one image into dir, which it makes;
 // an image that is there already is replaced, its blobs stay. The same input
-// gives the same bytes. The result is the manifest's digest.
+// gives the same bytes (compressed ones with the same version of this program). The result is the manifest's digest.
 func WriteLayout(dir string, layers []*tree.Node, c Config, o LayoutOptions) (string, error) {
 	w := layoutWriter{filepath.Join(dir, "blobs", "sha256")}
 	if err := os.MkdirAll(w.blobs, 0o755); err != nil {
