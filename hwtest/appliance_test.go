@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -222,6 +223,49 @@ func TestWithoutSecureBootIsDegraded(t *testing.T) {
 	s := statusIn(t, m.Console())
 	if !slices.ContainsFunc(s.Rules, func(r string) bool { return strings.Contains(r, "PCR 4") || strings.Contains(r, "4:") }) {
 		t.Errorf("the rules do not show PCR 4: %q", s.Rules)
+	}
+}
+
+func TestRebootIsClean(t *testing.T) {
+	t.Parallel()
+	m, _ := aBox(t, true)
+	m.PowerOn()
+	m.Expect(readyPattern, bootTime)
+	if _, err := call(m, "POST", "/reboot", ""); err != nil {
+		t.Fatal(err)
+	}
+	m.Expect(`volume closed name=data`, bootTime)
+	m.Expect(`bye reboot=true`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// TestDataGrowsToTheDisk writes a small image to a large disk, as everybody does.
+func TestDataGrowsToTheDisk(t *testing.T) {
+	t.Parallel()
+	const size = 6 << 30
+	m := hwtest.New(t, theProduct(t).disk(), hwtest.Options{Forward: []int{80}})
+	if err := os.Truncate(m.Disk, size); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(`data partition grown`, bootTime)
+	m.Expect(readyPattern, bootTime)
+	space, err := call(m, "GET", "/space", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := strconv.ParseInt(space, 10, 64); err != nil || n < size*8/10 {
+		t.Errorf("the data volume has %s bytes (%v) of a disk of %d", space, err, int64(size))
+	}
+	store(t, m, "large", strings.Repeat("0123456789abcdef", 4<<20/16))
+	m.PowerButton(bootTime)
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	if out := tool(t, "sgdisk", "-v", m.Disk); !strings.Contains(out, "No problems found") {
+		t.Errorf("sgdisk -v after growing: %s", out)
 	}
 }
 

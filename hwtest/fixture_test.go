@@ -72,7 +72,7 @@ services:
     capabilities: [CAP_NET_BIND_SERVICE]
     readonly: true
     runtime: {mkdir: [/data/records]}
-    binds: ["/data/records:/data", "/sys/kernel/security:/sys/kernel/security:ro"]
+    binds: ["/data/records:/data", "/sys/kernel/security:/sys/kernel/security:ro", "/run/holdfast:/run/holdfast"]
     health: {http: "http://127.0.0.1/health", interval: 2s, start: 120s}
 onshutdown:
   - name: farewell

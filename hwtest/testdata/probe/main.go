@@ -6,17 +6,22 @@
 //	GET  /file?path=P   a file of the container
 //	GET  /health
 //	GET  /whoami        uid and effective capabilities
+//	GET  /space         bytes of the data volume's file system
 //	POST /die           end with exit status 3
+//	POST /reboot        ask the agent for a clean reboot
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 const folder = "/data"
@@ -46,6 +51,26 @@ func main() {
 				fmt.Fprint(w, line)
 			}
 		}
+	})
+	http.HandleFunc("GET /space", func(w http.ResponseWriter, r *http.Request) {
+		var st syscall.Statfs_t
+		if err := syscall.Statfs(folder, &st); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprint(w, int64(st.Blocks)*st.Bsize)
+	})
+	http.HandleFunc("POST /reboot", func(w http.ResponseWriter, r *http.Request) {
+		agent := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", "/run/holdfast/agent.sock")
+		}}}
+		resp, err := agent.Post("http://agent/v1/power/reboot", "", nil)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		defer resp.Body.Close()
+		io.Copy(w, resp.Body)
 	})
 	http.HandleFunc("POST /die", func(w http.ResponseWriter, r *http.Request) { os.Exit(3) })
 	log.Fatal(http.ListenAndServe(":80", nil))
