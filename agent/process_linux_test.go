@@ -156,7 +156,7 @@ func TestOrphans(t *testing.T) {
 		}
 		return pid
 	}
-	early := orphan("exit 5")
+	early := orphan("sleep 0.2; exit 5") // outlives the shell, which would reap it else
 	gone(t, early)
 	if status := wantEnd(t, p.watchPID(early)); status.ExitStatus() != 5 {
 		t.Errorf("ended before: %v", exitError(status))
