@@ -22,7 +22,7 @@ require (
 	github.com/google/go-tpm v0.9.8
 	// GUID text and byte order of EFI signature lists.
 	github.com/google/uuid v1.6.0
-	// DHCPv4 client.
+	// the DHCPv4 client: packets, raw sockets and retransmission.
 	github.com/insomniacslk/dhcp v0.0.0-20260901064844-234b97448fae
 	// zstd and a fast gzip for layers, packages and the initrd.
 	github.com/klauspost/compress v1.20.3
