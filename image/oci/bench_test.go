@@ -50,6 +50,17 @@ func BenchmarkOpen(b *testing.B) {
 				b.Fatal(err)
 			}
 			cacheDir := b.TempDir()
+			if c.cached && !c.fresh {
+				cache, err := oci.OpenCache(cacheDir)
+				if err != nil {
+					b.Fatal(err)
+				}
+				im, err := open(b, "oci:"+dir, oci.Options{Cache: cache})
+				if err != nil {
+					b.Fatal(err)
+				}
+				im.Close()
+			}
 			for b.Loop() {
 				var o oci.Options
 				if c.cached {

@@ -97,12 +97,14 @@ func decompress(c compression, r io.Reader) (io.ReadCloser, error) {
 	return io.NopCloser(r), nil
 }
 
-// asideHash hashes what is written to it in a goroutine of its own, so that
-// reading or decompressing goes on meanwhile. Sum or Close must be called.
+// asideHash hashes what is written to it, and passes it on, in a goroutine of its
+// own, so that reading or decompressing goes on meanwhile. Close must be called.
 type asideHash struct {
 	hash       hash.Hash
+	next       io.Writer // nil for none
 	free, full chan []byte
 	done       chan struct{}
+	err        error // of next; read after done
 	bytes      int64
 	closed     bool
 }
@@ -112,21 +114,27 @@ const (
 	asideChunks = 4
 )
 
-func newAsideHash() *asideHash {
-	h := &asideHash{hash: sha256.New(), free: make(chan []byte, asideChunks), full: make(chan []byte, asideChunks), done: make(chan struct{})}
+func newAsideHash(next io.Writer) *asideHash {
+	h := &asideHash{hash: sha256.New(), next: next, free: make(chan []byte, asideChunks), full: make(chan []byte, asideChunks), done: make(chan struct{})}
 	for range asideChunks {
 		h.free <- make([]byte, chunkBytes)
 	}
-	go func() {
-		defer close(h.done)
-		for b := range h.full {
-			h.hash.Write(b)
-			h.free <- b[:cap(b)]
-		}
-	}()
+	go h.run()
 	return h
 }
 
+func (h *asideHash) run() {
+	defer close(h.done)
+	for b := range h.full {
+		h.hash.Write(b)
+		if h.next != nil && h.err == nil {
+			_, h.err = h.next.Write(b)
+		}
+		h.free <- b[:cap(b)]
+	}
+}
+
+// Write never fails: Close tells what became of it.
 func (h *asideHash) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
 		b := <-h.free
@@ -138,14 +146,14 @@ func (h *asideHash) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Close ends the goroutine.
+// Close waits until everything has been hashed and passed on.
 func (h *asideHash) Close() error {
 	if !h.closed {
 		h.closed = true
 		close(h.full)
-		<-h.done
 	}
-	return nil
+	<-h.done
+	return h.err
 }
 
 // digest is that of everything written.

@@ -31,7 +31,7 @@ func (op *opener) dir(path string) error {
 	if op.im.folder, err = w.node(path+"/.", 0); err != nil {
 		return err
 	}
-	sum := newAsideHash()
+	sum := newAsideHash(nil)
 	defer sum.Close()
 	if err := TarFromTree(sum, cloneClamped(op.im.folder, 0, map[*tree.Node]*tree.Node{})); err != nil {
 		return err

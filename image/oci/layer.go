@@ -121,7 +121,7 @@ func (op *opener) unpack(w wantedLayer) (_ *unpacked, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, stored.Close()) }()
-	sum := newAsideHash()
+	sum := newAsideHash(nil)
 	defer sum.Close()
 	// One byte more than promised is enough to know that there is more.
 	in := io.TeeReader(io.LimitReader(ctxReader{op.ctx, stored}, w.blob.size+1), sum)
@@ -187,11 +187,11 @@ func (op *opener) writeTo(data io.Reader) (*os.File, digest.Digest, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	sum := newAsideHash()
+	sum := newAsideHash(f)
 	defer sum.Close()
 	limited := io.LimitReader(ctxReader{op.ctx, data}, op.maxBytes+1)
-	// The file is hidden behind MultiWriter: its ReadFrom would bypass the hash.
-	n, err := io.CopyBuffer(io.MultiWriter(f, sum), limited, make([]byte, chunkBytes))
+	n, err := io.CopyBuffer(sum, limited, make([]byte, chunkBytes))
+	err = errors.Join(err, sum.Close())
 	if err == nil && n > op.maxBytes {
 		err = fmt.Errorf("unpacks to more than %d bytes, the limit", op.maxBytes)
 	}
@@ -258,9 +258,11 @@ func (op *opener) tarBlob(b *blob, isDeb bool) error {
 // tarCopy unpacks a file that nothing vouches for; the cache remembers by the
 // file's own digest what came out of it.
 func (op *opener) tarCopy(b *blob, isDeb bool) (_ *unpacked, err error) {
-	stored, err := op.digestOf(b)
-	if err != nil {
-		return nil, err
+	var stored digest.Digest
+	if op.cache != nil {
+		if stored, err = op.digestOf(b); err != nil {
+			return nil, err
+		}
 	}
 	if diffID := op.cache.remembered(stored); diffID != "" {
 		if u, err := op.cached(diffID); u != nil || err != nil {

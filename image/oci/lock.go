@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -41,31 +42,38 @@ type pin struct {
 	digest   digest.Digest
 }
 
-// maxLockBytes bounds one line; references are shorter than 400 bytes.
-const maxLockBytes = 64 << 10
+// maxLineBytes bounds one line; references are shorter than 400 bytes.
+const maxLineBytes = 64 << 10
 
 // ReadLock reads a lock file. A missing file is an empty lock.
 func ReadLock(path string) (*Lock, error) {
-	l := &Lock{lines: map[string]pin{}}
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return l, nil
+		return &Lock{}, nil
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	scanner := bufio.NewScanner(f)
-	scanner.Buffer(nil, maxLockBytes)
-	for n := 1; scanner.Scan(); n++ {
-		if err := l.parseLine(strings.TrimSpace(scanner.Text())); err != nil {
-			return nil, fmt.Errorf("%s:%d: %w", path, n, err)
-		}
-	}
-	if err := scanner.Err(); err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
+	l, line, err := parseLock(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s:%d: %w", path, line, err)
 	}
 	return l, nil
+}
+
+// parseLock also gives the number of the last line it read.
+func parseLock(r io.Reader) (l *Lock, line int, err error) {
+	l = &Lock{lines: map[string]pin{}}
+	scanner := bufio.NewScanner(r)
+	scanner.Buffer(nil, maxLineBytes)
+	for scanner.Scan() {
+		line++
+		if err := l.parseLine(strings.TrimSpace(scanner.Text())); err != nil {
+			return nil, line, err
+		}
+	}
+	return l, line, scanner.Err()
 }
 
 // parseLine collects comments in the footer until the line they belong to comes.
@@ -103,7 +111,25 @@ func (l *Lock) parseLine(line string) error {
 // Write replaces the file at path.
 func (l *Lock) Write(path string) (err error) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	text := l.format()
+	l.mu.Unlock()
+	f, err := os.CreateTemp(filepath.Dir(path), ".lock-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			os.Remove(f.Name())
+		}
+	}()
+	_, err = f.WriteString(text)
+	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return os.Rename(f.Name(), path)
+}
+
+func (l *Lock) format() string {
 	var b strings.Builder
 	for _, c := range l.header {
 		fmt.Fprintln(&b, c)
@@ -121,20 +147,7 @@ func (l *Lock) Write(path string) (err error) {
 	for _, c := range l.footer {
 		fmt.Fprintln(&b, c)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), ".lock-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			os.Remove(f.Name())
-		}
-	}()
-	_, err = f.WriteString(b.String())
-	if err = errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return os.Rename(f.Name(), path)
+	return b.String()
 }
 
 // Resolve asks the registry what r's tag stands for now and records it. It does

@@ -190,7 +190,7 @@ func (w layoutWriter) layer(root *tree.Node, compress bool) (d v1.Descriptor, di
 	if err != nil {
 		return d, "", err
 	}
-	sum := newAsideHash()
+	sum := newAsideHash(nil)
 	defer sum.Close()
 	if !compress {
 		d, err = w.put(v1.MediaTypeImageLayer, func(out io.Writer) error { return TarFromTree(out, root) })
@@ -214,9 +214,9 @@ func (w layoutWriter) put(mediaType string, fill func(io.Writer) error) (d v1.De
 			os.Remove(f.Name())
 		}
 	}()
-	sum := newAsideHash()
+	sum := newAsideHash(f)
 	defer sum.Close()
-	if err = errors.Join(fill(io.MultiWriter(f, sum)), f.Chmod(0o644), f.Close()); err != nil {
+	if err = errors.Join(fill(sum), sum.Close(), f.Chmod(0o644), f.Close()); err != nil {
 		return d, err
 	}
 	d = v1.Descriptor{MediaType: mediaType, Digest: sum.digest(), Size: sum.bytes}
