@@ -73,8 +73,8 @@ func (b *blob) sniff() compression {
 	return sniff(magic[:n])
 }
 
-// maxWindowBytes bounds the decompressors' memory; `zstd --long` and `xz -9`
-// need no more.
+// maxWindowBytes bounds zstd's memory; `zstd --long` needs no more. The xz library
+// has no such bound: a hostile xz stream can ask for a dictionary of 4 GiB.
 const maxWindowBytes = 128 << 20
 
 func decompress(c compression, r io.Reader) (io.ReadCloser, error) {
@@ -88,7 +88,7 @@ func decompress(c compression, r io.Reader) (io.ReadCloser, error) {
 		}
 		return d.IOReadCloser(), nil
 	case xzCompressed:
-		d, err := xz.ReaderConfig{DictCap: maxWindowBytes}.NewReader(r)
+		d, err := xz.NewReader(r)
 		if err != nil {
 			return nil, err
 		}
