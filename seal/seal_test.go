@@ -236,7 +236,7 @@ func TestPINHashesWithZeros(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := policies(t)["literal, PIN"]
-	pin, secret := []byte("2468"), randomSecret()
+	secret := randomSecret()
 	digest, err := p.Digest()
 	if err != nil {
 		t.Fatal(err)
@@ -244,7 +244,7 @@ func TestPINHashesWithZeros(t *testing.T) {
 	seen := map[string]bool{}
 	for i := 0; len(seen) < 2 && i < 10000; i++ {
 		// Tokens of systemd 252 have no salt; that is quicker to search.
-		pin = fmt.Appendf(nil, "%d", i)
+		pin := fmt.Appendf(nil, "%d", i)
 		auth, err := pinAuth(pin, nil)
 		if err != nil {
 			t.Fatal(err)

@@ -49,7 +49,6 @@ type demo struct {
 	box                       *hwtest.Box
 	vm                        *hwtest.VM
 	recovery                  string
-	count                     int
 }
 
 func (d *demo) run(ctx context.Context) error {

@@ -35,10 +35,6 @@ func derivedUUID(parts ...string) [16]byte {
 	return u
 }
 
-func formatUUID(u [16]byte) string {
-	return fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:])
-}
-
 // output is a file of the release on its way, hashed as it is written. The file
 // is not embedded: io.Copy would find its ReadFrom and pass the hash by.
 type output struct {

@@ -246,8 +246,8 @@ func TestFileBlocks(t *testing.T) {
 	for i, size := range []int{2049, 4096, 8192, 1<<20 + 1} {
 		content := readAll(t, root.Lookup(fmt.Sprintf("sizes/%d", size)).Content)
 		for b := range slices.Chunk(content, BlockSize) {
-			padded := string(append(bytes.Clone(b), make([]byte, BlockSize-len(b))...))
-			if !before[padded] || !after[padded] {
+			padded := append(bytes.Clone(b), make([]byte, BlockSize-len(b))...)
+			if !before[string(padded)] || !after[string(padded)] {
 				t.Fatalf("row %d: a block of the file with %d bytes is no block of the image", i, size)
 			}
 		}

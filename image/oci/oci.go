@@ -120,7 +120,7 @@ func parseLocal(s, transport, rest string) (Ref, error) {
 		r.path, r.name, _ = strings.Cut(rest, ":")
 	}
 	if r.path == "" {
-		return Ref{}, fmt.Errorf("image reference %q: no path after %s:", s, transport)
+		return Ref{}, fmt.Errorf("image reference %q: no path after %q", s, transport+":")
 	}
 	return r, nil
 }
