@@ -78,7 +78,7 @@ type Options struct {
 	// value of HostPorts for it, or else any free port of the loopback interface.
 	Forward   []int
 	HostPorts map[int]int
-	// Bare starts this kernel, initrd and command line under SeaBIOS, which
+	// Bare starts this kernel, initrd and command line under a firmware that
 	// measures nothing: a board whose SHA-256 bank is there and never extended.
 	Bare *Bare
 	// Log, when set, receives everything the console prints.

@@ -117,7 +117,7 @@ func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
 	}
 	args = append(args, acceleratorArguments(accel)...)
 	if b.opts.Bare != nil {
-		args = append(args, "-machine", "q35", "-kernel", b.opts.Bare.Kernel, "-initrd", b.opts.Bare.Initrd, "-append", b.opts.Bare.Cmdline)
+		args = append(args, "-machine", "q35", "-bios", "qboot.rom", "-kernel", b.opts.Bare.Kernel, "-initrd", b.opts.Bare.Initrd, "-append", b.opts.Bare.Cmdline)
 	} else {
 		fw, err := findFirmware(b.opts.SecureBoot != nil)
 		if err != nil {
