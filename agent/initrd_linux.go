@@ -25,6 +25,7 @@ const (
 	rootMapping = "holdfast-root"
 	// The stub puts the UKI's .pcrsig section here (systemd-stub(7)).
 	signaturesPath = "/.extra/tpm2-pcr-signature.json"
+	softdog        = "softdog.ko"
 	eventLogPath   = "/sys/kernel/security/tpm0/binary_bios_measurements"
 	// secureBootVariable's content is four bytes of attributes and the value.
 	secureBootVariable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
@@ -103,6 +104,9 @@ func (i *initrd) floorClock(buildSec int64) error {
 // missing shows in the step that needs it.
 func (i *initrd) loadModules() error {
 	for _, path := range i.boot.Modules {
+		if filepath.Base(path) == softdog && exists(watchdogPath) {
+			continue // the hardware's own is better
+		}
 		f, err := os.Open(path)
 		if err != nil {
 			return err
@@ -132,7 +136,7 @@ func (i *initrd) mapRoot() (err error) {
 	if i.disk.Recovered() {
 		i.status.Problems = append(i.status.Problems, "the partition table was read from its backup")
 	}
-	i.status.Slot = i.slot()
+	i.status.Slot, i.status.Disk = i.slot(), i.root.disk
 	device, err := dm.Verity(rootMapping, i.root.device, i.boot.Root)
 	if err != nil {
 		return err

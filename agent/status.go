@@ -16,6 +16,10 @@ type Status struct {
 	// Slot is "a" or "b", found by the root hash; "" when the root is on no known slot.
 	Slot     string `json:"slot"`
 	RootHash string `json:"root_hash"`
+	// Disk is the device the root was found on.
+	Disk string `json:"disk,omitempty"`
+	// Slots are the installed releases.
+	Slots []SlotStatus `json:"slots,omitempty"`
 	// Policy is the sealing policy in force, whole, a line a rule.
 	Policy   string   `json:"policy"`
 	Rules    []string `json:"rules,omitempty"`
@@ -26,6 +30,15 @@ type Status struct {
 	Services []ServiceStatus `json:"services,omitempty"`
 
 	Boot BootTimes `json:"boot"`
+}
+
+// SlotStatus is one installed release.
+type SlotStatus struct {
+	Slot     string `json:"slot"`
+	Version  string `json:"version"`
+	Sequence int64  `json:"sequence"` // of installations on this disk
+	State    string `json:"state"`    // "good", or what is wrong
+	Running  bool   `json:"running,omitempty"`
 }
 
 // VolumeStatus is one data volume.
@@ -92,6 +105,13 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)
 	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)
+	for _, r := range s.Slots {
+		running := ""
+		if r.Running {
+			running = "running"
+		}
+		fmt.Fprintf(tw, "release\t%s\t%s\t%s\t%s\n", r.Slot, r.Version, r.State, running)
+	}
 	for _, v := range s.Volumes {
 		fmt.Fprintf(tw, "volume\t%s\t%s\topened by %s\t%s\n", v.Name, v.Mount, v.Method, v.UUID)
 	}

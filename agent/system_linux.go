@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +27,9 @@ type system struct {
 	log     *slog.Logger
 	console io.Writer
 	procs   *processes
-	power   chan bool // true: reboot
+	power   chan bool   // true: reboot
+	started atomic.Bool // every onboot container has succeeded, services are being kept
+	failed  atomic.Bool // one has not
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -56,6 +59,8 @@ func RunSystem(console io.Writer) error {
 	for _, i := range s.app.Network {
 		go configure(ctx, s.log, i)
 	}
+	go s.feedWatchdog()
+	go s.judge(ctx)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -156,6 +161,7 @@ func (s *system) run(ctx context.Context) {
 	for _, c := range s.onboot {
 		if err := c.once(ctx); err != nil {
 			if ctx.Err() == nil {
+				s.failed.Store(true)
 				s.problem(fmt.Sprintf("onboot %s: %v; no service is started", c.Name, err))
 			}
 			<-ctx.Done()
@@ -166,6 +172,7 @@ func (s *system) run(ctx context.Context) {
 	for _, c := range s.services {
 		all.Go(func() { c.keep(ctx) })
 	}
+	s.started.Store(true)
 	go s.announce(ctx)
 	all.Wait()
 }
@@ -206,6 +213,12 @@ func (s *system) status() *Status {
 	out := s.initrd
 	out.Problems = slices.Concat(out.Problems, s.problems)
 	s.mu.Unlock()
+	if disk, err := openSlots(out.Disk, out.Slot); err == nil {
+		if out.Slots, err = disk.describe(); err != nil {
+			out.Problems = append(out.Problems, err.Error())
+		}
+		disk.close()
+	}
 	for _, group := range []struct {
 		kind string
 		list []*container

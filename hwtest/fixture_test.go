@@ -100,14 +100,21 @@ func (p *product) release() string { return filepath.Join(p.dir, "out", build.Re
 // buildProduct makes keys and an appliance in a folder of its own.
 func buildProduct(t *testing.T, dir, version string) *product {
 	t.Helper()
-	in := inputs(t)
-	if err := os.MkdirAll(filepath.Join(dir, "probe/data"), 0o755); err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	k, err := keys.Create(filepath.Join(dir, "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return buildRelease(t, dir, k, version, nil)
+}
+
+// buildRelease builds the appliance with these keys; change, if not nil, edits
+// its spec.
+func buildRelease(t *testing.T, dir string, k *keys.Keys, version string, change func(*spec.Spec)) *product {
+	t.Helper()
+	in := inputs(t)
 	goBuild(t, filepath.Join(dir, "probe/probe"), "./testdata/probe")
 	goBuild(t, filepath.Join(dir, "agent"), "../cmd/holdfast-agent")
 	s, err := spec.Parse("probe.yaml", fmt.Appendf(nil, probeSpec, version, in))
@@ -118,6 +125,9 @@ func buildProduct(t *testing.T, dir, version string) *product {
 		t.Fatal(err)
 	}
 	s.ApplyDefaults()
+	if change != nil {
+		change(s)
+	}
 	stub, err := os.ReadFile(filepath.Join(efiFolder, "linuxx64.efi.stub"))
 	if err != nil {
 		t.Fatalf("install Debian's package systemd-boot-efi: %v", err)

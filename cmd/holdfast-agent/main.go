@@ -23,6 +23,7 @@ const usage = `usage: holdfast-agent VERB
   status [--json]        release, slot, volumes and how each was opened, policy, services
   logs NAME [LINES]      the last lines a container printed
   poweroff, reboot       stop the services, close the volumes, end
+  bless                  after a hand-off: this release is healthy, keep booting it
   version
 
 example: holdfast-agent status --json
@@ -77,6 +78,8 @@ func run(args []string) int {
 		err = logs(ctx, c, args[1:])
 	case (args[0] == "poweroff" || args[0] == "reboot") && len(args) == 1:
 		err = c.Power(ctx, args[0] == "reboot")
+	case args[0] == "bless" && len(args) == 1:
+		err = bless(ctx, c)
 	case args[0] == "version" && len(args) == 1:
 		fmt.Println("holdfast-agent", version)
 	default:
@@ -108,6 +111,14 @@ func status(ctx context.Context, c *agent.Client, args []string) error {
 	}
 	_, err = s.WriteTo(os.Stdout)
 	return err
+}
+
+func bless(ctx context.Context, c *agent.Client) error {
+	s, err := c.Status(ctx)
+	if err != nil {
+		return err
+	}
+	return agent.Bless(s)
 }
 
 func logs(ctx context.Context, c *agent.Client, args []string) error {

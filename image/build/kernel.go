@@ -33,6 +33,7 @@ var usefulModules = []string{
 	"tpm_crb", "tpm_tis", "efivarfs", "evdev", "button",
 	"virtio_pci", "virtio_blk", "virtio_scsi", "virtio_net", "virtio_rng",
 	"nvme", "ahci", "sd_mod", "usb_storage", "uas", "xhci_pci",
+	"iTCO_wdt", "i6300esb", "sp5100_tco", "softdog", // the last one only without the others
 }
 
 // openKernel finds kernel and modules: in a Debian package under boot/ and

@@ -1,0 +1,195 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/partition"
+)
+
+// A new release boots on trial: its boot entry counts tries down, and only when
+// the appliance has been healthy for a while is the counter removed. Anything
+// else – a panic, a watchdog, a service that does not come up – ends in another
+// boot, and when the tries are used up, in the old slot.
+const (
+	// trialTime is how long a release on trial may take to become healthy.
+	trialTime = 10 * time.Minute
+	// settleTime is how long it must then stay healthy.
+	settleTime = 10 * time.Second
+)
+
+// slots is the disk the system runs from, as far as boot entries go.
+type slots struct {
+	dev  *partition.File
+	disk *partition.Disk
+	slot partition.Slot // running
+}
+
+func openSlots(device, slot string) (*slots, error) {
+	if !partition.Slot(slot).Valid() {
+		return nil, fmt.Errorf("the root is on no slot of %s", device)
+	}
+	dev, err := partition.OpenShared(device)
+	if err != nil {
+		return nil, err
+	}
+	disk, err := partition.Open(dev)
+	if err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
+	return &slots{dev, disk, partition.Slot(slot)}, nil
+}
+
+func (s *slots) close() { s.dev.Close() }
+
+// running is the entry this boot came from.
+func (s *slots) running() (partition.Entry, error) {
+	entries, err := s.disk.Entries()
+	if err != nil {
+		return partition.Entry{}, err
+	}
+	for _, e := range entries {
+		if e.Slot == s.slot {
+			return e, nil
+		}
+	}
+	return partition.Entry{}, fmt.Errorf("no boot entry for slot %s", s.slot)
+}
+
+// describe lists the slots for status.
+func (s *slots) describe() ([]SlotStatus, error) {
+	entries, err := s.disk.Entries()
+	if err != nil {
+		return nil, err
+	}
+	var list []SlotStatus
+	for _, e := range entries {
+		state := "good"
+		switch {
+		case e.Damage != nil:
+			state = "damaged: " + e.Damage.Error()
+		case e.Bad():
+			state = "bad: its tries are used up"
+		case e.Counted:
+			state = fmt.Sprintf("on trial, %d tries left", e.TriesLeft)
+		}
+		list = append(list, SlotStatus{Slot: string(e.Slot), Version: e.Version, Sequence: e.Sequence, State: state, Running: e.Slot == s.slot})
+	}
+	return list, nil
+}
+
+// judge decides about a release on trial: it blesses the slot, or reboots.
+func (s *system) judge(ctx context.Context) {
+	disk, err := openSlots(s.initrd.Disk, s.initrd.Slot)
+	if err != nil {
+		s.problem(fmt.Sprintf("boot entries: %v", err))
+		return
+	}
+	defer disk.close()
+	entry, err := disk.running()
+	if err != nil {
+		s.problem(fmt.Sprintf("boot entries: %v", err))
+		return
+	}
+	if !entry.Counted {
+		return
+	}
+	s.log.Info("on trial", "slot", entry.Slot, "version", entry.Version, "tries_left", entry.TriesLeft)
+	if reason := s.failedTrial(ctx); reason != nil {
+		if ctx.Err() == nil {
+			s.problem(fmt.Sprintf("trial of %s in slot %s failed: %v", entry.Version, entry.Slot, reason))
+			s.requestPower(true, "failed trial")
+		}
+		return
+	}
+	if err := disk.disk.Bless(entry.Slot); err != nil {
+		s.problem(fmt.Sprintf("bless slot %s: %v", entry.Slot, err))
+		return
+	}
+	s.log.Info("blessed", "slot", entry.Slot, "version", entry.Version)
+}
+
+// failedTrial waits until the appliance has been healthy for settleTime and
+// returns nil, or says why it never was.
+func (s *system) failedTrial(ctx context.Context) error {
+	deadline := time.Now().Add(trialTime)
+	var since time.Time // when it became healthy
+	for {
+		select {
+		case <-time.After(200 * time.Millisecond):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		switch {
+		case s.failed.Load():
+			return errors.New("an onboot container failed")
+		case !s.started.Load() || !s.ready():
+			since = time.Time{}
+			if time.Now().After(deadline) {
+				return fmt.Errorf("not healthy after %v: %s", trialTime, s.unready())
+			}
+		case since.IsZero():
+			since = time.Now()
+		case time.Since(since) > settleTime:
+			return nil
+		}
+	}
+}
+
+// unready names the services that are not up.
+func (s *system) unready() string {
+	text := ""
+	for _, c := range s.services {
+		c.mu.Lock()
+		if c.state != Healthy && c.state != Running && c.state != Exited {
+			text += fmt.Sprintf("%s is %s (%s); ", c.Name, c.state, c.reason)
+		}
+		c.mu.Unlock()
+	}
+	return text
+}
+
+// Bless removes the boot counter of the running slot: for the init of an image
+// that took over, which alone knows when the system is healthy.
+func Bless(s *Status) error {
+	disk, err := openSlots(s.Disk, s.Slot)
+	if err != nil {
+		return err
+	}
+	defer disk.close()
+	return disk.disk.Bless(disk.slot)
+}
+
+const (
+	watchdogPath       = "/dev/watchdog"
+	watchdogTimeoutSec = 60
+	watchdogInterval   = 15 * time.Second
+)
+
+// feedWatchdog keeps the hardware's watchdog, or softdog, from rebooting the
+// box for as long as this program runs. It is never disarmed: a shutdown that
+// hangs should end in a reboot too.
+func (s *system) feedWatchdog() {
+	f, err := os.OpenFile(watchdogPath, os.O_WRONLY, 0)
+	if err != nil {
+		s.log.Info("no watchdog", "error", err)
+		return
+	}
+	timeout := watchdogTimeoutSec
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.WDIOC_SETTIMEOUT, timeout); err != nil {
+		s.log.Warn("watchdog", "error", err) // it has a time of its own, mostly 30 to 60 s
+	}
+	s.log.Info("watchdog armed", "timeout_sec", timeout)
+	for {
+		if _, err := f.Write([]byte{0}); err != nil {
+			s.log.Warn("watchdog", "error", err)
+			return
+		}
+		time.Sleep(watchdogInterval)
+	}
+}
