@@ -55,7 +55,16 @@ $(INPUTS)/linux-image.deb: | $(BUILD)/tools.stamp
 		$$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image-[0-9]/{print $$2; exit}')
 	@mkdir -p $(INPUTS) && mv $(BUILD)/download/linux-image-*.deb $@
 
-inputs: $(INPUTS)/linux-image.deb $(INPUTS)/etcd $(BUILD)/keys all
+# A root from Debian packages: the same packages give the same bytes.
+$(INPUTS)/debian-root.tar: | $(BUILD)/tools.stamp
+	@mkdir -p $(INPUTS)
+	SOURCE_DATE_EPOCH=1793491200 mmdebstrap --quiet --variant=essential --include=systemd-sysv,udev,dbus,redis-server \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+		--customize-hook='rm -rf "$$1"/var/lib/apt/lists/* "$$1"/var/cache/* "$$1"/var/log/* && : > "$$1"/etc/machine-id' \
+		bookworm $@.new
+	mv $@.new $@
+
+inputs: $(INPUTS)/debian-root.tar $(INPUTS)/linux-image.deb $(INPUTS)/etcd $(BUILD)/keys all
 
 $(BUILD)/keys: | $(BIN)/holdfast
 	$(BIN)/holdfast keys new $@

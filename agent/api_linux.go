@@ -53,7 +53,10 @@ func (s *system) serveAPI(ctx context.Context) error {
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		<-ctx.Done()
-		server.Close()
+		// The answer to "reboot" is still on its way out.
+		grace, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		server.Shutdown(grace)
 	}()
 	go server.Serve(l)
 	return nil

@@ -6,8 +6,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/diskfs/go-diskfs/backend/file"
-	"github.com/diskfs/go-diskfs/filesystem/ext4"
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/agent/dm"
@@ -18,12 +16,6 @@ import (
 type kernelStorage struct {
 	disk string // /dev/vda
 }
-
-const ext4BlockBytes = 4096 // at least dm-crypt's sector, or the kernel refuses to mount
-
-// firstExt4Bytes is the size a file system is made with; Mount grows it to the
-// device. Making it at full size would write the inode tables of the whole disk.
-const firstExt4Bytes = 1 << 30
 
 func (s *kernelStorage) Map(p Partition, h *luks2.Header, key []byte) (string, error) {
 	device, err := partitionDevice(s.disk, p.Number)
@@ -44,14 +36,8 @@ func (s *kernelStorage) MakeFS(device, label string) (err error) {
 	if err != nil {
 		return err
 	}
-	size = min(size, firstExt4Bytes) &^ (ext4BlockBytes - 1)
-	params := &ext4.Params{
-		SectorsPerBlock: ext4BlockBytes / 512,
-		VolumeName:      label,
-		Features:        []ext4.FeatureOpt{ext4.WithFeatureReservedGDTBlocksForExpansion(false)},
-	}
-	if _, err := ext4.Create(file.New(f, false), size, 0, 512, params); err != nil {
-		return fmt.Errorf("make ext4 on %s: %w", device, err)
+	if err := formatExt4(f, min(size, firstExt4Bytes), label); err != nil {
+		return fmt.Errorf("%s: %w", device, err)
 	}
 	return f.Sync()
 }

@@ -81,7 +81,7 @@ onshutdown:
     readonly: true
     binds: ["/usr/lib/holdfast:/usr/lib/holdfast:ro"]
 disk:
-  size: 640MiB
+  size: 960MiB # a volume of an odd size
   esp: 128MiB
   slot: 64MiB
   data: [{name: data, mount: /data}]
@@ -242,7 +242,13 @@ func aBox(t *testing.T, secureBoot bool) (*hwtest.Machine, *provisioned) {
 	if from.failed {
 		t.Fatal("the box's first boot failed; see the first test that failed")
 	}
-	return from.box.Copy(t), from
+	m := from.box.Copy(t)
+	t.Cleanup(func() {
+		if m.VM() != nil && strings.Contains(m.Console(), "EXT4-fs error") {
+			t.Errorf("the kernel found damage in the data volume's file system:\n%s", m.Console())
+		}
+	})
+	return m, from
 }
 
 func (f *provisioned) provision(t *testing.T, p *product, dir string, o hwtest.Options) {
