@@ -83,7 +83,7 @@ func (i *initrd) readBoot() error {
 		return err
 	}
 	for _, word := range strings.Fields(string(cmdline)) {
-		if hash, ok := strings.CutPrefix(word, "roothash="); ok && hash != i.boot.Root.RootHash {
+		if hash, ok := strings.CutPrefix(word, image.RootHashWord); ok && hash != i.boot.Root.RootHash {
 			return fmt.Errorf("the kernel command line names the root %s, this initrd belongs to %s: it was changed", hash, i.boot.Root.RootHash)
 		}
 	}

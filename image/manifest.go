@@ -8,6 +8,11 @@ const (
 	LoaderName   = "bootloader.efi" // systemd-boot, signed
 )
 
+// RootHashWord, with the hash in hex behind it, names the root in the kernel
+// command line. It is not systemd's roothash=: the generators of a systemd that
+// takes the machine over would try to set up the root once more.
+const RootHashWord = "holdfast.roothash="
+
 // Manifest describes a release: its parts by digest and the measurements a box
 // that runs it will show. The same spec and inputs give the same manifest.
 type Manifest struct {

@@ -61,7 +61,7 @@ func makeRelease(keyDir, dir string) error {
 	if m.Root, err = writeTestFile(dir, image.RootName, rootImage.Bytes()); err != nil {
 		return err
 	}
-	m.Cmdline = "console=ttyS0 roothash=" + m.Verity.RootHash
+	m.Cmdline = "console=ttyS0 " + image.RootHashWord + m.Verity.RootHash
 	assembled, err := uki.Assemble(testUKI(k, m, stub, loader))
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"strconv"
 
+	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/fat32"
 )
@@ -210,7 +211,7 @@ func (d *disk) readEntry(esp *fat32.FS, e partition.Entry) bootEntry {
 	out.RootMatches = p.RootHash != "" && p.RootHash == holds
 	switch {
 	case p.RootHash == "":
-		d.problem("%s: its command line names no roothash=", where)
+		d.problem("%s: its command line names no %s", where, image.RootHashWord)
 	case !out.RootMatches:
 		d.problem("%s wants the root hash %s and %s holds %s: half written, damaged or replaced", where, p.RootHash, e.Slot.Partition(), holds)
 	}

@@ -12,6 +12,7 @@ import (
 	"io"
 	"strings"
 
+	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/pcr"
@@ -31,7 +32,7 @@ type program struct {
 	OSRelease map[string]string `json:"os_release,omitempty"`
 	Kernel    string            `json:"kernel,omitempty"`
 	Cmdline   string            `json:"cmdline,omitempty"`
-	// RootHash is the word roothash= of the command line.
+	// RootHash is the word image.RootHashWord of the command line.
 	RootHash     string      `json:"root_hash,omitempty"`
 	SBAT         []string    `json:"sbat,omitempty"`
 	Authenticode string      `json:"authenticode"`
@@ -159,7 +160,7 @@ func (p *program) readTexts(f *uki.File) error {
 		}
 	}
 	for word := range strings.FieldsSeq(p.Cmdline) {
-		if hash, ok := strings.CutPrefix(word, "roothash="); ok {
+		if hash, ok := strings.CutPrefix(word, image.RootHashWord); ok {
 			p.RootHash = hash
 		}
 	}

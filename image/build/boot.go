@@ -60,7 +60,7 @@ func (b *builder) initrdTree(k *kernel, app *image.Appliance) (*tree.Node, error
 // cmdline is what is measured: the spec's words, and ours.
 func (b *builder) cmdline() string {
 	words := strings.Fields(b.spec.Kernel.Cmdline)
-	return strings.Join(append(words, fmt.Sprintf("panic=%d", panicTimeoutSec), "roothash="+b.manifest.Verity.RootHash), " ")
+	return strings.Join(append(words, fmt.Sprintf("panic=%d", panicTimeoutSec), image.RootHashWord+b.manifest.Verity.RootHash), " ")
 }
 
 // writeUKI assembles and signs the kernel image and notes what it will measure.
