@@ -4,7 +4,7 @@ go 1.26.0
 
 // Every direct requirement says what we would have to write without it.
 require (
-	// recovery escrow keys: file encryption to several recipients.
+	// recovery escrow keys and encrypted update bundles: file encryption to several recipients.
 	filippo.io/age v1.3.2
 	// device-mapper ioctls for dm-verity and dm-crypt, and a crypt in user space for tests.
 	github.com/anatol/devmapper.go v0.0.0-20230829043248-59ac2b9706ba
@@ -34,6 +34,10 @@ require (
 	github.com/opencontainers/runtime-spec v1.3.0
 	// tests only: testscript, the command line tests.
 	github.com/rogpeppe/go-internal v1.16.0
+	// canonical JSON of TUF signatures, where the key is behind a crypto.Signer.
+	github.com/secure-systems-lab/go-securesystemslib v0.11.0
+	// TUF: the metadata of update repositories and its verification.
+	github.com/theupdateframework/go-tuf/v2 v2.4.2
 	// xz, which Debian packages and kernel modules are compressed with.
 	github.com/ulikunitz/xz v0.5.17
 	// network links, addresses and routes.
@@ -50,6 +54,7 @@ require (
 
 require (
 	filippo.io/hpke v0.4.0 // indirect
+	github.com/cenkalti/backoff/v5 v5.0.3 // indirect
 	github.com/dgryski/go-camellia v0.0.0-20191119043421-69a8a13fb23d // indirect
 	github.com/docker/cli v29.7.2+incompatible // indirect
 	github.com/docker/docker-credential-helpers v0.9.3 // indirect
@@ -59,11 +64,15 @@ require (
 	github.com/mdlayher/packet v1.1.2 // indirect
 	github.com/mdlayher/socket v0.5.0 // indirect
 	github.com/pierrec/lz4/v4 v4.1.26 // indirect
+	github.com/sigstore/protobuf-specs v0.5.0 // indirect
+	github.com/sigstore/sigstore v1.10.6 // indirect
 	github.com/sirupsen/logrus v1.9.4 // indirect
 	github.com/u-root/uio v0.0.0-20230305220412-3e8cd9d6bf63 // indirect
 	github.com/vishvananda/netns v0.0.5 // indirect
 	golang.org/x/net v0.60.0 // indirect
 	golang.org/x/sync v0.24.0 // indirect
 	golang.org/x/tools v0.49.0 // indirect
+	google.golang.org/genproto/googleapis/api v0.0.0-20250825161204-c5933d9347a5 // indirect
+	google.golang.org/protobuf v1.36.11 // indirect
 	gotest.tools/v3 v3.5.2 // indirect
 )

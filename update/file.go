@@ -41,6 +41,8 @@ func syncFolder(dir string) (err error) {
 	return d.Sync()
 }
 
+var errTooLong = errors.New("too long")
+
 // readAll reads what may have at most limit bytes.
 func readAll(r io.Reader, limit int64) ([]byte, error) {
 	b, err := io.ReadAll(io.LimitReader(r, limit+1))
@@ -48,7 +50,7 @@ func readAll(r io.Reader, limit int64) ([]byte, error) {
 		return nil, err
 	}
 	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("more than the %d bytes allowed", limit)
+		return nil, fmt.Errorf("%w: more than the %d bytes allowed", errTooLong, limit)
 	}
 	return b, nil
 }

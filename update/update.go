@@ -66,6 +66,9 @@ var (
 	// ErrExpired marks metadata that is over at the reference time. Either nobody
 	// renewed the repository, or somebody withholds its news, or the clock is wrong.
 	ErrExpired = errors.New("metadata has expired")
+	// ErrOlder marks metadata that is older than what the device has seen: an old
+	// stick, or somebody who brings back old releases.
+	ErrOlder = errors.New("older than what this device has seen")
 	// ErrSlow marks a server that sends less than the least rate.
 	ErrSlow = errors.New("too slow")
 )
