@@ -1,0 +1,431 @@
+package repo
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+// RootImage is the root of a release as it lies in a slot: file system, then
+// dm-verity superblock and tree.
+type RootImage struct {
+	Content io.ReaderAt
+	Verity  image.Verity
+}
+
+// Packer makes the transport forms of root images. The same input must give the
+// same bytes.
+type Packer interface {
+	// Pack writes the whole root, compressed.
+	Pack(ctx context.Context, root RootImage, w io.Writer) error
+	// Tree writes the dm-verity tree as devices fetch it.
+	Tree(ctx context.Context, root RootImage, w io.Writer) error
+	// Patch writes what makes the root to out of the root from.
+	Patch(ctx context.Context, from, to RootImage, w io.Writer) error
+	// Unpack writes to w the v.TotalBytes of a root from what Pack and Tree wrote.
+	Unpack(ctx context.Context, pack, tree io.Reader, v image.Verity, w io.Writer) error
+}
+
+// AddOptions say who gets a release.
+type AddOptions struct {
+	Channel string // required
+	// RolloutPercent of the fleet gets it; 0 is all, and less than 0 none yet.
+	RolloutPercent int
+	MinFrom        string   // the oldest version that can update to it; "" is any
+	Epoch          int64    // security epoch
+	Hardware       []string // models; none is all
+	Notes          string
+	// KeepDeltas is from how many of the newest releases before it, of the same
+	// product, channel and architecture, patches are made. One that saves nothing
+	// against the pack is left out.
+	KeepDeltas int
+}
+
+func (o AddOptions) percent() int {
+	if o.RolloutPercent == 0 {
+		return 100
+	}
+	return max(o.RolloutPercent, 0)
+}
+
+// Add publishes the release in a folder as a build writes it: manifest.json,
+// root.img, uki.efi and bootloader.efi, all of which are checked against the
+// manifest. With targets keys elsewhere it returns the Release and a [PendingError].
+func (r *Repo) Add(ctx context.Context, folder string, o AddOptions, p Packer) (rel *update.Release, err error) {
+	m, err := readManifest(folder)
+	if err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	rel = &update.Release{
+		Format: 1, Manifest: *m, Epoch: o.Epoch, MinFrom: o.MinFrom, Hardware: o.Hardware, Notes: o.Notes, PublishedSec: r.now.Unix(),
+	}
+	target := rel.Target(o.Channel, o.percent())
+	if err := r.mayAdd(target); err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	f, err := os.Open(filepath.Join(folder, image.RootName))
+	if err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := checkFile(f, m.Root); err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	if err := r.addBlobs(ctx, folder, rel, RootImage{f, m.Verity}, p); err != nil {
+		return nil, fmt.Errorf("add release %s: %w", m.Version, err)
+	}
+	if err := r.addPatches(ctx, target, rel, RootImage{f, m.Verity}, o.KeepDeltas, p); err != nil {
+		return nil, fmt.Errorf("add release %s: %w", m.Version, err)
+	}
+	text, err := rel.Encode()
+	if err != nil {
+		return nil, err
+	}
+	return rel, r.list(target, text)
+}
+
+// list writes a descriptor and enters it among the targets.
+func (r *Repo) list(t update.Target, text []byte) error {
+	sum := sha256.Sum256(text)
+	if err := r.write(update.DescriptorPath(t.Name(), fmt.Sprintf("%x", sum)), text); err != nil {
+		return fmt.Errorf("write %s: %w", t.Name(), err)
+	}
+	tf := &metadata.TargetFiles{Length: int64(len(text)), Hashes: metadata.Hashes{"sha256": sum[:]}, Path: t.Name()}
+	if err := setCustom(tf, t); err != nil {
+		return err
+	}
+	return r.editTargets(func(targets map[string]*metadata.TargetFiles) error {
+		targets[t.Name()] = tf
+		return nil
+	})
+}
+
+func setCustom(tf *metadata.TargetFiles, t update.Target) error {
+	custom, err := json.Marshal(t)
+	if err != nil {
+		return err
+	}
+	tf.Custom = (*json.RawMessage)(&custom)
+	return nil
+}
+
+// mayAdd refuses what would take a release's place under its name.
+func (r *Repo) mayAdd(t update.Target) error {
+	list, err := r.releases()
+	if err != nil {
+		return err
+	}
+	for _, have := range list {
+		if have.Name() == t.Name() {
+			return fmt.Errorf("%s is there already, with root %.16s…; give the build another version, or withdraw that one", t.Name(), have.RootHash)
+		}
+	}
+	return nil
+}
+
+func readManifest(folder string) (*image.Manifest, error) {
+	b, err := readFile(filepath.Join(folder, image.ManifestName))
+	if err != nil {
+		return nil, err
+	}
+	var m image.Manifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("read %s: %w", image.ManifestName, err)
+	}
+	if m.Format != 1 {
+		return nil, fmt.Errorf("%s has format %d; this version knows format 1", image.ManifestName, m.Format)
+	}
+	return &m, nil
+}
+
+func checkFile(f io.ReaderAt, want image.File) error {
+	h := sha256.New()
+	n, err := io.Copy(h, io.NewSectionReader(f, 0, want.SizeBytes+1))
+	if err != nil {
+		return fmt.Errorf("read %s: %w", want.Name, err)
+	}
+	if sum := fmt.Sprintf("%x", h.Sum(nil)); n != want.SizeBytes || sum != want.SHA256 {
+		return fmt.Errorf("%s is not the file of its manifest: it has the SHA-256 %.16s… and not %.16s…; build the release again", want.Name, sum, want.SHA256)
+	}
+	return nil
+}
+
+// addBlobs writes UKI, loader, pack and tree.
+func (r *Repo) addBlobs(ctx context.Context, folder string, rel *update.Release, root RootImage, p Packer) error {
+	makers := []struct {
+		role  string
+		write func(io.Writer) error
+	}{
+		{update.RolePack, func(w io.Writer) error { return p.Pack(ctx, root, w) }},
+		{update.RoleTree, func(w io.Writer) error { return p.Tree(ctx, root, w) }},
+		{update.RoleUKI, func(w io.Writer) error { return copyFile(w, folder, image.UKIName, rel.Manifest.UKI) }},
+		{update.RoleLoader, func(w io.Writer) error { return copyFile(w, folder, image.LoaderName, rel.Manifest.Loader) }},
+	}
+	for _, m := range makers {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		b, err := r.addBlob(m.write)
+		if err != nil {
+			return fmt.Errorf("blob %q: %w", m.role, err)
+		}
+		b.Role = m.role
+		rel.Blobs = append(rel.Blobs, b)
+	}
+	return nil
+}
+
+func copyFile(w io.Writer, folder, name string, want image.File) (err error) {
+	f, err := os.Open(filepath.Join(folder, name))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := checkFile(f, want); err != nil {
+		return err
+	}
+	_, err = io.Copy(w, f)
+	return err
+}
+
+// counter hashes and counts what goes through.
+type counter struct {
+	w io.Writer
+	h hash.Hash
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.h.Write(p[:n])
+	c.n += int64(n)
+	return n, err
+}
+
+// addBlob writes a blob under a temporary name and renames it to its hash.
+func (r *Repo) addBlob(write func(io.Writer) error) (b update.Blob, err error) {
+	dir := filepath.Join(r.dir, filepath.Dir(update.BlobPath("x")))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return b, err
+	}
+	f, err := os.CreateTemp(dir, "tmp-*")
+	if err != nil {
+		return b, err
+	}
+	c := &counter{w: f, h: sha256.New()}
+	err = write(c)
+	if err == nil {
+		err = errors.Join(f.Chmod(0o644), f.Sync())
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return b, errors.Join(err, os.Remove(f.Name()))
+	}
+	b = update.Blob{SizeBytes: c.n, SHA256: fmt.Sprintf("%x", c.h.Sum(nil))}
+	if err := os.Rename(f.Name(), filepath.Join(r.dir, update.BlobPath(b.SHA256))); err != nil {
+		return b, err
+	}
+	return b, syncFolder(dir)
+}
+
+func syncFolder(dir string) (err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Sync()
+}
+
+// addPatches makes patches from the newest n releases before this one.
+func (r *Repo) addPatches(ctx context.Context, t update.Target, rel *update.Release, to RootImage, n int, p Packer) error {
+	list, err := r.releases()
+	if err != nil || n <= 0 {
+		return err
+	}
+	list = slices.DeleteFunc(list, func(o update.Target) bool {
+		return o.Product != t.Product || o.Channel != t.Channel || o.Arch != t.Arch || o.RootHash == t.RootHash || update.CompareVersions(o.Version, t.Version) >= 0
+	})
+	pack, _ := rel.Blob(update.RolePack, "")
+	for _, old := range list[:min(n, len(list))] {
+		b, err := r.patch(ctx, old, to, p)
+		if err != nil {
+			return fmt.Errorf("patch from %s: %w", old.Version, err)
+		}
+		if b.SizeBytes >= pack.SizeBytes {
+			continue // Prune removes it
+		}
+		b.Role, b.From = update.RolePatch, old.RootHash
+		if _, twice := rel.Blob(b.Role, b.From); !twice {
+			rel.Blobs = append(rel.Blobs, b)
+		}
+	}
+	return nil
+}
+
+// patch unpacks an older release into a temporary file and makes the patch from it.
+func (r *Repo) patch(ctx context.Context, old update.Target, to RootImage, p Packer) (b update.Blob, err error) {
+	rel, _, err := r.release(old.Name())
+	if err != nil {
+		return b, err
+	}
+	temp, err := os.CreateTemp(r.dir, "tmp-*")
+	if err != nil {
+		return b, err
+	}
+	defer func() { err = errors.Join(err, temp.Close(), os.Remove(temp.Name())) }()
+	pack, err := r.openBlob(rel, update.RolePack)
+	if err != nil {
+		return b, err
+	}
+	defer func() { err = errors.Join(err, pack.Close()) }()
+	tree, err := r.openBlob(rel, update.RoleTree)
+	if err != nil {
+		return b, err
+	}
+	defer func() { err = errors.Join(err, tree.Close()) }()
+	if err := p.Unpack(ctx, pack, tree, rel.Manifest.Verity, temp); err != nil {
+		return b, err
+	}
+	if err := checkFile(temp, rel.Manifest.Root); err != nil {
+		return b, err
+	}
+	return r.addBlob(func(w io.Writer) error { return p.Patch(ctx, RootImage{temp, rel.Manifest.Verity}, to, w) })
+}
+
+func (r *Repo) openBlob(rel *update.Release, role string) (*os.File, error) {
+	b, ok := rel.Blob(role, "")
+	if !ok {
+		return nil, fmt.Errorf("release %s has no blob %q", rel.Manifest.Version, role)
+	}
+	return os.Open(filepath.Join(r.dir, update.BlobPath(b.SHA256)))
+}
+
+// targets are the entries that are pending, or else published.
+func (r *Repo) targets() (map[string]*metadata.TargetFiles, error) {
+	d, err := r.loadDraft()
+	if err != nil {
+		return nil, err
+	}
+	if d.targets != nil {
+		return d.targets.Signed.Targets, nil
+	}
+	if r.current.targets.Metadata == nil {
+		return nil, nil
+	}
+	return r.current.targets.Signed.Targets, nil
+}
+
+// releases lists what is pending or published, newest first.
+func (r *Repo) releases() ([]update.Target, error) {
+	targets, err := r.targets()
+	if err != nil {
+		return nil, err
+	}
+	return targetList(targets)
+}
+
+func targetList(targets map[string]*metadata.TargetFiles) ([]update.Target, error) {
+	var list []update.Target
+	for name, tf := range targets {
+		if tf == nil || tf.Custom == nil {
+			return nil, fmt.Errorf("target %q says nothing of its release", name)
+		}
+		var t update.Target
+		if err := json.Unmarshal(*tf.Custom, &t); err != nil || t.Name() != name {
+			return nil, fmt.Errorf("target %q does not describe itself: %w", name, errors.Join(err, update.ErrUntrusted))
+		}
+		list = append(list, t)
+	}
+	slices.SortFunc(list, func(a, b update.Target) int {
+		if c := update.CompareVersions(b.Version, a.Version); c != 0 {
+			return c
+		}
+		return strings.Compare(a.Name(), b.Name())
+	})
+	return list, nil
+}
+
+// release reads a descriptor and checks it against its entry.
+func (r *Repo) release(name string) (*update.Release, []byte, error) {
+	targets, err := r.targets()
+	if err != nil {
+		return nil, nil, err
+	}
+	return readRelease(r.dir, name, targets[name])
+}
+
+func readRelease(dir, name string, tf *metadata.TargetFiles) (*update.Release, []byte, error) {
+	if tf == nil {
+		return nil, nil, fmt.Errorf("release %s: %w", name, fs.ErrNotExist)
+	}
+	b, err := readFile(filepath.Join(dir, update.DescriptorPath(name, tf.Hashes["sha256"].String())))
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := tf.VerifyLengthHashes(b); err != nil {
+		return nil, nil, fmt.Errorf("release %s: %w: %w", name, update.ErrUntrusted, err)
+	}
+	rel, err := update.ParseRelease(b)
+	return rel, b, err
+}
+
+// Rollout changes how much of the fleet gets a release, 0 to 100 percent.
+func (r *Repo) Rollout(name string, percent int) error {
+	if percent < 0 || percent > 100 {
+		return fmt.Errorf("rollout of %d percent", percent)
+	}
+	return r.editTargets(func(targets map[string]*metadata.TargetFiles) error {
+		tf := targets[name]
+		if tf == nil || tf.Custom == nil {
+			return fmt.Errorf("rollout of %s: there is no such release", name)
+		}
+		var t update.Target
+		if err := json.Unmarshal(*tf.Custom, &t); err != nil {
+			return err
+		}
+		t.RolloutPercent = percent
+		return setCustom(tf, t)
+	})
+}
+
+// Withdraw takes a release off the list. Devices that have it keep it. Its content
+// stays until [Repo.Prune], as somebody may be fetching it.
+func (r *Repo) Withdraw(name string) error {
+	return r.editTargets(func(targets map[string]*metadata.TargetFiles) error {
+		if targets[name] == nil {
+			return fmt.Errorf("withdraw %s: there is no such release", name)
+		}
+		delete(targets, name)
+		return nil
+	})
+}
+
+// Promote lists a release in another channel; its content is the same.
+func (r *Repo) Promote(name, channel string, percent int) error {
+	if percent < 0 || percent > 100 {
+		return fmt.Errorf("rollout of %d percent", percent)
+	}
+	rel, text, err := r.release(name)
+	if err != nil {
+		return fmt.Errorf("promote: %w", err)
+	}
+	t := rel.Target(channel, percent)
+	if err := r.mayAdd(t); err != nil {
+		return fmt.Errorf("promote: %w", err)
+	}
+	return r.list(t, text)
+}
