@@ -187,10 +187,14 @@ func (w *walk) roots() error {
 		}
 		w.kept.Roots = append(w.kept.Roots, b)
 	}
-	w.changed = len(w.kept.Roots) != len(stored)
 	if err := w.newerRoots(); err != nil {
 		return err
 	}
+	if len(w.kept.Roots) == 0 {
+		w.kept.Roots = [][]byte{w.o.Root} // what the rest of the store was verified under
+	}
+	// A store that is still empty is written at the end of a good check.
+	w.changed = w.changed || len(stored) > 0 && len(stored) != len(w.kept.Roots)
 	root := set.Root.Signed
 	// Compared with the root under which the store was written: A to B and back to
 	// A in between leaves nothing that the thief of a key could have kept.

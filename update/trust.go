@@ -22,8 +22,10 @@ const (
 // verified again whenever it is read: the chain of roots from the built-in one,
 // the rest by its keys.
 type trust struct {
-	Format    int      `json:"format"` // 1
-	Roots     [][]byte `json:"roots"`  // after the built-in one, in order
+	Format int `json:"format"` // 1
+	// Roots are those after the built-in one, in order, or else that one. The last
+	// is what the rest was verified under.
+	Roots     [][]byte `json:"roots"`
 	Timestamp []byte   `json:"timestamp,omitempty"`
 	Snapshot  []byte   `json:"snapshot,omitempty"`
 	Targets   []byte   `json:"targets,omitempty"`
@@ -75,7 +77,7 @@ func loadJSON(path string, limit int64, v interface{ valid() error }) (damaged b
 }
 
 func (t *trust) valid() error {
-	if t.Format != 1 || len(t.Roots) > maxRootRotations {
+	if t.Format != 1 || len(t.Roots) > 2*maxRootRotations {
 		return fmt.Errorf("format %d with %d roots", t.Format, len(t.Roots))
 	}
 	return nil
