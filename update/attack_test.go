@@ -672,9 +672,9 @@ func TestDamagedBundles(t *testing.T) {
 	large.releases = nil
 	large.release("2.0.0", func(r *Release) { r.Blobs[0] = large.blob(RolePack, pattern("large", 3<<20)) })
 	large.publish()
-	for name, step := range map[*vendor]int{small: 512, large: 64 << 10} {
-		good := name.bundle()
-		u := newUnit(t, name)
+	for v, step := range map[*vendor]int{small: 512, large: 64 << 10} {
+		good := v.bundle()
+		u := newUnit(t, v)
 		for i := 0; i < len(good); i += step {
 			at := min(i+i/step*37%step, len(good)-1)
 			bad := bytes.Clone(good)

@@ -111,14 +111,23 @@ func (r *Repo) addKeys(root *metadata.Metadata[metadata.RootType], role, keysDir
 
 // Refresh renews snapshot and timestamp, and targets when less than half of its
 // time is left and its keys are at hand. Call it well before the timestamp is over,
-// such as every day.
+// such as every day. What waits for signatures goes on waiting; what is published is
+// renewed meanwhile.
 func (r *Repo) Refresh() error {
 	d, err := r.loadDraft()
 	if err != nil {
 		return fmt.Errorf("refresh: %w", err)
 	}
-	if r.current.root.Metadata == nil || d.root != nil || d.targets != nil {
+	if r.current.root.Metadata == nil {
 		return r.advance(d) // or the PendingError that says what is missing
+	}
+	if d.root != nil || d.targets != nil {
+		err := r.advance(d)
+		var waits *PendingError
+		if errors.As(err, &waits) && r.canSign(Snapshot) && r.canSign(Timestamp) {
+			return r.renewPublished()
+		}
+		return err
 	}
 	d.snapshot, d.timestamp = nil, nil
 	t := r.current.targets
@@ -130,6 +139,31 @@ func (r *Repo) Refresh() error {
 		d.snapshot = r.newSnapshot(metaInfo(t.Signed.Version, t.raw))
 	}
 	return r.advance(d)
+}
+
+// renewPublished signs snapshot and timestamp of what is published and leaves the
+// folder pending alone. Between the two writes the old timestamp names the old
+// snapshot, which stays.
+func (r *Repo) renewPublished() error {
+	cur, roles := &r.current, r.current.root.Signed.Roles
+	s := r.newSnapshot(metaInfo(cur.targets.Signed.Version, cur.targets.raw))
+	if err := addSignatures(s, r.keys, roles[Snapshot].KeyIDs); err != nil {
+		return fmt.Errorf("refresh: %w", err)
+	}
+	b, err := s.ToBytes(true)
+	if err != nil {
+		return fmt.Errorf("refresh: %w", err)
+	}
+	t := metadata.Timestamp(r.expires(Timestamp))
+	t.Signed.Version = cur.timestamp.Signed.Version + 1
+	t.Signed.Meta["snapshot.json"] = metaInfo(s.Signed.Version, b)
+	if err := addSignatures(t, r.keys, roles[Timestamp].KeyIDs); err != nil {
+		return fmt.Errorf("refresh: %w", err)
+	}
+	if err := r.commitOnline(s, t); err != nil {
+		return fmt.Errorf("refresh: %w", err)
+	}
+	return r.load()
 }
 
 // canSign says whether the keys at hand reach a role's threshold.

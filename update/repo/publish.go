@@ -165,8 +165,8 @@ func (r *Repo) settleSnapshot(d *draft, root *metadata.Metadata[metadata.RootTyp
 		return m != nil && m.Version == info.Version && m.Length == info.Length && m.Hashes.Equal(info.Hashes)
 	}
 	cur := r.current.snapshot
-	if d.snapshot != nil && !names(d.snapshot) {
-		d.snapshot = nil // of other targets
+	if d.snapshot != nil && (!names(d.snapshot) || cur.Metadata != nil && d.snapshot.Signed.Version <= cur.Signed.Version) {
+		d.snapshot = nil // of other targets, or overtaken by a refresh
 	}
 	if d.snapshot == nil {
 		if cur.Metadata != nil && names(cur.Metadata) && signedBy(root, Snapshot, cur.Metadata) {
@@ -194,6 +194,10 @@ func (r *Repo) newSnapshot(targets *metadata.MetaFiles) *metadata.Metadata[metad
 // settleTimestamp always makes a new one: it is what says that there is news.
 func (r *Repo) settleTimestamp(d *draft, root *metadata.Metadata[metadata.RootType], snapshot file[metadata.SnapshotType]) error {
 	info := metaInfo(snapshot.Signed.Version, snapshot.raw)
+	cur := r.current.timestamp
+	if d.timestamp != nil && cur.Metadata != nil && d.timestamp.Signed.Version <= cur.Signed.Version {
+		d.timestamp = nil // overtaken by a refresh
+	}
 	if d.timestamp != nil {
 		if m := d.timestamp.Signed.Meta["snapshot.json"]; m == nil || m.Version != info.Version || m.Length != info.Length || !m.Hashes.Equal(info.Hashes) {
 			d.timestamp = nil
@@ -201,8 +205,8 @@ func (r *Repo) settleTimestamp(d *draft, root *metadata.Metadata[metadata.RootTy
 	}
 	if d.timestamp == nil {
 		d.timestamp = metadata.Timestamp(r.expires(Timestamp))
-		if r.current.timestamp.Metadata != nil {
-			d.timestamp.Signed.Version = r.current.timestamp.Signed.Version + 1
+		if cur.Metadata != nil {
+			d.timestamp.Signed.Version = cur.Signed.Version + 1
 		}
 		d.timestamp.Signed.Meta["snapshot.json"] = info
 	}
@@ -275,6 +279,13 @@ func (r *Repo) commit(d *draft) error {
 		return err
 	}
 	return os.RemoveAll(done)
+}
+
+func (r *Repo) commitOnline(s *metadata.Metadata[metadata.SnapshotType], t *metadata.Metadata[metadata.TimestampType]) error {
+	if err := writeVersion(r, s, update.SnapshotPath, versionOfSnapshot); err != nil {
+		return err
+	}
+	return writeVersion(r, t, func(int64) string { return update.TimestampPath }, versionOfTimestamp)
 }
 
 func versionOfRoot(s *metadata.RootType) int64           { return s.Version }

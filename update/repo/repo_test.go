@@ -371,6 +371,16 @@ func TestKeysElsewhere(t *testing.T) {
 	if err := r.Import(forged); !errors.Is(err, update.ErrUntrusted) {
 		t.Fatalf("import of another list: %v", err)
 	}
+	// What is published is renewed while the list waits.
+	if err := r.Refresh(); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := r.Status(); err != nil || !slices.Equal(st.Pending, []string{Targets}) || st.Roles[3].Version != 2 {
+		t.Fatalf("%+v, %v", st, err)
+	}
+	if a, err := check(t, root, t.TempDir(), openDir(t, dir), now, device("1.0")); err != nil || len(a.Skipped) != 0 || a.Timestamp != 2 {
+		t.Fatalf("renewed meanwhile: %+v, %v", a, err)
+	}
 	// The pending file survives the process.
 	online, err2 := LoadKeys(keys)
 	if err2 != nil {
@@ -623,5 +633,124 @@ func TestTamperedRepository(t *testing.T) {
 		if err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("key of %s: %v, %v", k, fi, err)
 		}
+	}
+}
+
+// TestReaderMeanwhile: a reader that checks all the time while the repository
+// changes never sees half of a change.
+func TestReaderMeanwhile(t *testing.T) {
+	r, dir, _ := create(t, Options{})
+	root := rootJSON(t, r)
+	add(t, r, "1.0.0", AddOptions{})
+	source := openDir(t, dir)
+	stop, done := make(chan struct{}), make(chan error, 1)
+	checks := 0
+	store := t.TempDir()
+	go func() {
+		for {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			c, err := update.New(update.Options{Root: root, StateDir: store, Source: source, Now: now})
+			if err == nil {
+				var a *update.Answer
+				if a, err = c.Check(context.Background(), device("0.9")); err == nil && a.Candidate == nil {
+					err = fmt.Errorf("no candidate: %+v", a)
+				}
+			}
+			if err != nil {
+				done <- err
+				return
+			}
+			checks++
+		}
+	}()
+	for i := range 10 {
+		add(t, r, fmt.Sprintf("1.%d.0", i+1), AddOptions{KeepDeltas: 1})
+		if err := errors.Join(r.Refresh(), r.Rollout(fmt.Sprintf("gate/stable/amd64/1.%d.0.json", i+1), 50), r.RenewRoot()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if checks < 5 {
+		t.Errorf("only %d checks", checks)
+	}
+}
+
+// TestCutAnywhere stops a publication at every file it writes, opens the repository
+// again and finds the old list or the new one, each complete.
+func TestCutAnywhere(t *testing.T) {
+	r, dir, keyDir := create(t, Options{})
+	root := rootJSON(t, r)
+	add(t, r, "1.0.0", AddOptions{})
+	keys, err := LoadKeys(keyDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Rollout("gate/stable/amd64/1.0.0.json", 100); err != nil {
+		t.Fatal(err)
+	}
+	folder := release(t, "gate", "2.0.0", "amd64")
+	olds, news := 0, 0
+	for _, blocked := range []string{
+		"blobs/sha256", "targets", "pending/targets.json.new", "pending/snapshot.json.new", "pending/timestamp.json.new", "pending/committed.new",
+		update.TargetsPath(4) + ".new", update.SnapshotPath(4) + ".new", "metadata/timestamp.json.new",
+	} {
+		work := filepath.Join(t.TempDir(), "repo")
+		if err := os.CopyFS(work, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+		w, err := Open(work, keys, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// What cannot be written is where a folder, or a file, is in the way.
+		path := filepath.Join(work, blocked)
+		if strings.HasSuffix(blocked, ".new") {
+			err = os.MkdirAll(path, 0o755)
+		} else {
+			err = errors.Join(os.Rename(path, path+".away"), os.WriteFile(path, nil, 0o644))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Add(context.Background(), folder, AddOptions{Channel: "stable"}, zstdPacker{}); err == nil {
+			t.Fatalf("%s: nothing was in the way", blocked)
+		}
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.HasSuffix(blocked, ".new") {
+			if err := os.Rename(path+".away", path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		a, err := check(t, root, t.TempDir(), openDir(t, work), now, device("0.9"))
+		mustFind(t, a, err, "1.0.0")
+		if w, err = Open(work, keys, now); err != nil {
+			t.Fatalf("%s: %v", blocked, err)
+		}
+		a, err = check(t, root, t.TempDir(), openDir(t, work), now, device("0.9"))
+		if err == nil && a.Candidate != nil && a.Candidate.Target.Version == "2.0.0" {
+			news++
+		} else {
+			mustFind(t, a, err, "1.0.0")
+			olds++
+		}
+		if err := w.Resume(); err != nil {
+			t.Errorf("%s: %v", blocked, err)
+		}
+		if err := w.Refresh(); err != nil {
+			t.Errorf("%s: %v", blocked, err)
+		}
+	}
+	if olds != 6 || news != 3 {
+		t.Errorf("%d ended with the old list and %d with the new one", olds, news)
 	}
 }
