@@ -101,7 +101,7 @@ func (r *Repo) Add(ctx context.Context, folder string, o AddOptions, p Packer) (
 // list writes a descriptor and enters it among the targets.
 func (r *Repo) list(t update.Target, text []byte) error {
 	sum := sha256.Sum256(text)
-	if err := r.write(update.DescriptorPath(t.Name(), fmt.Sprintf("%x", sum)), text); err != nil {
+	if err := write(r.dir, update.DescriptorPath(t.Name(), fmt.Sprintf("%x", sum)), text); err != nil {
 		return fmt.Errorf("write %s: %w", t.Name(), err)
 	}
 	tf := &metadata.TargetFiles{Length: int64(len(text)), Hashes: metadata.Hashes{"sha256": sum[:]}, Path: t.Name()}
@@ -282,7 +282,7 @@ func (r *Repo) patch(ctx context.Context, old update.Target, to RootImage, p Pac
 	if err != nil {
 		return b, err
 	}
-	temp, err := os.CreateTemp(r.dir, "tmp-*")
+	temp, err := os.CreateTemp(r.private, "tmp-*")
 	if err != nil {
 		return b, err
 	}

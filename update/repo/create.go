@@ -3,10 +3,10 @@ package repo
 import (
 	"crypto"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -32,16 +32,18 @@ type Options struct {
 	Random io.Reader
 }
 
-// Create makes a repository in dir, which must be empty or not exist, and keys in
-// keysDir, ROLE-N.pem. With keys elsewhere it returns the Repo and a [PendingError].
+// Create makes a repository in dir, which must be empty or not exist, dir.private
+// beside it, and keys in keysDir, ROLE-N.pem. With keys elsewhere it returns the Repo and a [PendingError].
 func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
-	if list, err := os.ReadDir(dir); err == nil && len(list) > 0 {
-		return nil, fmt.Errorf("create repository: %s is not empty", dir)
+	for _, d := range []string{dir, privateFolder(dir)} {
+		if list, err := os.ReadDir(d); err == nil && len(list) > 0 {
+			return nil, fmt.Errorf("create repository: %s is not empty", d)
+		}
 	}
 	if o.Random == nil {
 		o.Random = rand.Reader
 	}
-	r := &Repo{dir: dir, now: now.UTC().Truncate(time.Second), config: config{Format: 1, LifetimeSec: map[string]int64{}}}
+	r := &Repo{dir: dir, private: privateFolder(dir), now: now.UTC().Truncate(time.Second), config: config{Format: 1, LifetimeSec: map[string]int64{}}}
 	for role, lifetime := range defaultLifetime() {
 		if l := o.Lifetime[role]; l != 0 {
 			lifetime = l
@@ -51,8 +53,8 @@ func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
 		}
 		r.config.LifetimeSec[role] = int64(lifetime / time.Second)
 	}
-	for _, d := range []string{dir, keysDir} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
+	for d, perm := range map[string]fs.FileMode{dir: 0o755, r.private: 0o700, keysDir: 0o700} {
+		if err := os.MkdirAll(d, perm); err != nil {
 			return nil, fmt.Errorf("create repository: %w", err)
 		}
 	}
@@ -62,14 +64,10 @@ func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
 			return nil, fmt.Errorf("create repository: keys of %s: %w", role, err)
 		}
 	}
-	b, err := json.MarshalIndent(r.config, "", "  ")
-	if err != nil {
-		return nil, err
-	}
-	if err := r.write(configName, append(b, '\n')); err != nil {
+	if err := r.saveConfig(); err != nil {
 		return nil, fmt.Errorf("create repository: %w", err)
 	}
-	err = r.advance(&draft{root: root})
+	err := r.advance(&draft{root: root})
 	var waits *PendingError
 	if err != nil && !errors.As(err, &waits) {
 		return nil, fmt.Errorf("create repository: %w", err)
@@ -142,7 +140,7 @@ func (r *Repo) Refresh() error {
 }
 
 // renewPublished signs snapshot and timestamp of what is published and leaves the
-// folder pending alone. Between the two writes the old timestamp names the old
+// draft alone. Between the two writes the old timestamp names the old
 // snapshot, which stays.
 func (r *Repo) renewPublished() error {
 	cur, roles := &r.current, r.current.root.Signed.Roles

@@ -57,7 +57,7 @@ func (r *Repo) loadDraft() (*draft, error) {
 	if d.timestamp, err = pending[metadata.TimestampType](r, Timestamp); err != nil {
 		return nil, err
 	}
-	_, err = os.Stat(filepath.Join(r.dir, pendingDir, committedName))
+	_, err = os.Stat(filepath.Join(r.private, pendingDir, committedName))
 	d.committed = err == nil
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
@@ -66,7 +66,7 @@ func (r *Repo) loadDraft() (*draft, error) {
 }
 
 func pending[T metadata.Roles](r *Repo, role string) (*metadata.Metadata[T], error) {
-	f, err := load[T](r, pendingPath(role))
+	f, err := load[T](r.private, pendingPath(role))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -81,7 +81,7 @@ func (r *Repo) save(d *draft) error {
 
 func savePending[T metadata.Roles](r *Repo, role string, m *metadata.Metadata[T]) error {
 	if m == nil {
-		err := os.Remove(filepath.Join(r.dir, pendingPath(role)))
+		err := os.Remove(filepath.Join(r.private, pendingPath(role)))
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
@@ -91,7 +91,7 @@ func savePending[T metadata.Roles](r *Repo, role string, m *metadata.Metadata[T]
 	if err != nil {
 		return err
 	}
-	return r.write(pendingPath(role), b)
+	return write(r.private, pendingPath(role), b)
 }
 
 // advance takes a draft as far as the keys at hand can: it completes what depends on
@@ -238,7 +238,7 @@ func (r *Repo) pend(d *draft, root *metadata.Metadata[metadata.RootType], role s
 	if err := r.save(d); err != nil {
 		return fmt.Errorf("keep %s for signing: %w", role, err)
 	}
-	e := &PendingError{Role: role, Path: filepath.Join(r.dir, pendingPath(role)), KeyIDs: root.Signed.Roles[role].KeyIDs, Threshold: root.Signed.Roles[role].Threshold}
+	e := &PendingError{Role: role, Path: filepath.Join(r.private, pendingPath(role)), KeyIDs: root.Signed.Roles[role].KeyIDs, Threshold: root.Signed.Roles[role].Threshold}
 	for _, s := range have {
 		if slices.Contains(e.KeyIDs, s.KeyID) {
 			e.Signatures++
@@ -252,7 +252,7 @@ func (r *Repo) begin(d *draft) error {
 	if err := r.save(d); err != nil {
 		return err
 	}
-	return r.write(filepath.Join(pendingDir, committedName), nil)
+	return write(r.private, filepath.Join(pendingDir, committedName), nil)
 }
 
 // commit writes the draft where readers look, timestamp last. It can be repeated.
@@ -271,16 +271,17 @@ func (r *Repo) commit(d *draft) error {
 		}
 	}
 	// One rename, so that no half of it is taken for a draft.
-	done := filepath.Join(r.dir, pendingDir+".done")
+	done := filepath.Join(r.private, pendingDir+".done")
 	if err := os.RemoveAll(done); err != nil {
 		return err
 	}
-	if err := os.Rename(filepath.Join(r.dir, pendingDir), done); err != nil {
+	if err := os.Rename(filepath.Join(r.private, pendingDir), done); err != nil {
 		return err
 	}
 	return os.RemoveAll(done)
 }
 
+// commitOnline writes a snapshot and the timestamp that names it.
 func (r *Repo) commitOnline(s *metadata.Metadata[metadata.SnapshotType], t *metadata.Metadata[metadata.TimestampType]) error {
 	if err := writeVersion(r, s, update.SnapshotPath, versionOfSnapshot); err != nil {
 		return err
@@ -301,7 +302,7 @@ func writeVersion[T metadata.Roles](r *Repo, m *metadata.Metadata[T], path func(
 	if err != nil {
 		return err
 	}
-	return r.write(path(version(&m.Signed)), b)
+	return write(r.dir, path(version(&m.Signed)), b)
 }
 
 // Import takes back metadata that [Sign] has signed elsewhere, and goes on with what

@@ -12,10 +12,10 @@
 // how many must sign. Keys are crypto.Signers, so they may be in files, in a token
 // or with a service; ed25519 and ECDSA P-256 are known. Keys of root and targets
 // belong on another machine. When signatures are missing that the keys at hand
-// cannot give, the new metadata waits in the folder pending and a [PendingError]
-// names the file. Take it to the keys, call [Sign], bring the result back to
-// [Repo.Import]; nothing that a device reads has changed before that. snapshot and
-// timestamp depend on what was signed before them, so they come after.
+// cannot give, the new metadata waits in a file that a [PendingError] names. Take it
+// to the keys, call [Sign], bring the result back to [Repo.Import]; nothing that a
+// device reads has changed before that. snapshot and timestamp depend on what was
+// signed before them, so they come after.
 //
 // # Order of writes
 //
@@ -23,12 +23,16 @@
 // under a temporary name, synced and renamed. A reader sees the old state or the new
 // one. Only in the moment between a root that replaces online keys and the
 // timestamp can a reader be refused; it succeeds when it tries again. What is about
-// to be written is in the folder pending first, and [Open] completes it after a cut.
+// to be written is kept first, and [Open] completes it after a cut.
 //
-// One process at a time may change a repository. What is published is verified
-// before anything is added and signed, as the folder may lie on a web server; the
-// order in which roots follow each other is checked, but that 1.root.json is the
-// vendor's own is shown only by the keys that fit it.
+// # What is trusted
+//
+// Beside a repository DIR lies DIR.private, with its policy and what waits for
+// signatures. It is not to be published, and who can write there decides what the
+// keys at hand sign. DIR itself may lie on a web server: what is in it is verified
+// before anything is added and signed, from the first root on, whose hash is in
+// DIR.private, and must not be older than what was published from here. One process
+// at a time may change a repository.
 package repo
 
 import (
@@ -74,15 +78,20 @@ const (
 	maxFileBytes = 8 << 20
 )
 
-// config is what a repository remembers of its policy. It is not secret.
+// config is the policy of a repository and where it stands. It is not secret.
 type config struct {
 	Format      int              `json:"format"`       // 1
 	LifetimeSec map[string]int64 `json:"lifetime_sec"` // by role
+	// RootSHA256 is of 1.root.json, and TimestampVersion the last one published, so
+	// that no other repository, and no older one, is gone on from.
+	RootSHA256       string `json:"root_sha256,omitempty"`
+	TimestampVersion int64  `json:"timestamp_version,omitempty"`
 }
 
 // Repo is a repository that can be changed.
 type Repo struct {
-	dir     string
+	dir     string // published
+	private string
 	keys    []crypto.Signer
 	now     time.Time
 	config  config
@@ -107,8 +116,8 @@ type published struct {
 // Open opens a repository for changes with the keys at hand, at time now. It
 // completes a publication that was interrupted.
 func Open(dir string, keys []crypto.Signer, now time.Time) (*Repo, error) {
-	r := &Repo{dir: dir, keys: keys, now: now.UTC().Truncate(time.Second)}
-	b, err := os.ReadFile(filepath.Join(dir, configName))
+	r := &Repo{dir: dir, private: privateFolder(dir), keys: keys, now: now.UTC().Truncate(time.Second)}
+	b, err := readFile(filepath.Join(r.private, configName))
 	if err != nil {
 		return nil, fmt.Errorf("open repository: %w", err)
 	}
@@ -138,7 +147,7 @@ func (r *Repo) load() error {
 		return err
 	}
 	p := &r.current
-	if p.timestamp, err = load[metadata.TimestampType](r, update.TimestampPath); err != nil {
+	if p.timestamp, err = load[metadata.TimestampType](r.dir, update.TimestampPath); err != nil {
 		return err
 	}
 	if _, err := set.UpdateTimestamp(p.timestamp.raw); err != nil {
@@ -148,7 +157,7 @@ func (r *Repo) load() error {
 	if info == nil {
 		return fmt.Errorf("published timestamp: %w: it names no snapshot", update.ErrUntrusted)
 	}
-	if p.snapshot, err = load[metadata.SnapshotType](r, update.SnapshotPath(info.Version)); err != nil {
+	if p.snapshot, err = load[metadata.SnapshotType](r.dir, update.SnapshotPath(info.Version)); err != nil {
 		return err
 	}
 	if _, err := set.UpdateSnapshot(p.snapshot.raw, false); err != nil {
@@ -157,19 +166,50 @@ func (r *Repo) load() error {
 	if info = p.snapshot.Signed.Meta["targets.json"]; info == nil {
 		return fmt.Errorf("published snapshot: %w: it names no targets", update.ErrUntrusted)
 	}
-	if p.targets, err = load[metadata.TargetsType](r, update.TargetsPath(info.Version)); err != nil {
+	if p.targets, err = load[metadata.TargetsType](r.dir, update.TargetsPath(info.Version)); err != nil {
 		return err
 	}
 	if _, err := set.UpdateTargets(p.targets.raw); err != nil {
 		return fmt.Errorf("published targets: %w: %w", update.ErrUntrusted, err)
 	}
-	return nil
+	return r.remember()
+}
+
+// remember compares what is published with what this side knows of it.
+func (r *Repo) remember() error {
+	if r.private == "" {
+		return nil
+	}
+	first, err := load[metadata.RootType](r.dir, update.RootPath(1))
+	if err != nil {
+		return err
+	}
+	sum, version := fmt.Sprintf("%x", sha256.Sum256(first.raw)), r.current.timestamp.Signed.Version
+	c := &r.config
+	switch {
+	case c.RootSHA256 != "" && c.RootSHA256 != sum:
+		return fmt.Errorf("published root version 1: %w: it is not the one that was made here", update.ErrUntrusted)
+	case version < c.TimestampVersion:
+		return fmt.Errorf("published timestamp version %d: %w: version %d was published from here; bring that back first", version, update.ErrOlder, c.TimestampVersion)
+	case c.RootSHA256 == sum && version == c.TimestampVersion:
+		return nil
+	}
+	c.RootSHA256, c.TimestampVersion = sum, version
+	return r.saveConfig()
+}
+
+func (r *Repo) saveConfig() error {
+	b, err := json.MarshalIndent(r.config, "", "  ")
+	if err != nil {
+		return err
+	}
+	return write(r.private, configName, append(b, '\n'))
 }
 
 // loadRoots walks the chain of roots; nil is that there is none yet.
 func (r *Repo) loadRoots() (set *trustedmetadata.TrustedMetadata, err error) {
 	for version := int64(1); ; version++ {
-		f, err := load[metadata.RootType](r, update.RootPath(version))
+		f, err := load[metadata.RootType](r.dir, update.RootPath(version))
 		if errors.Is(err, fs.ErrNotExist) {
 			return set, nil
 		}
@@ -189,8 +229,8 @@ func (r *Repo) loadRoots() (set *trustedmetadata.TrustedMetadata, err error) {
 	}
 }
 
-func load[T metadata.Roles](r *Repo, path string) (f file[T], err error) {
-	b, err := readFile(filepath.Join(r.dir, path))
+func load[T metadata.Roles](dir, path string) (f file[T], err error) {
+	b, err := readFile(filepath.Join(dir, path))
 	if err != nil {
 		return f, err
 	}
@@ -213,9 +253,11 @@ func readFile(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
+func privateFolder(dir string) string { return filepath.Clean(dir) + ".private" }
+
 // write puts a small file in its place.
-func (r *Repo) write(path string, b []byte) error {
-	full := filepath.Join(r.dir, path)
+func write(dir, path string, b []byte) error {
+	full := filepath.Join(dir, path)
 	if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
 		return err
 	}

@@ -443,7 +443,7 @@ func TestInterrupted(t *testing.T) {
 	if a, err = check(t, root, store, openDir(t, dir), now, device("0.9")); err != nil || a.Candidate != nil || len(a.Skipped) != 0 {
 		t.Fatalf("after Open: %+v, %v", a, err)
 	}
-	if _, err := os.Stat(filepath.Join(dir, pendingDir)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(privateFolder(dir), pendingDir)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the folder pending is left: %v", err)
 	}
 }
@@ -621,6 +621,41 @@ func TestTamperedRepository(t *testing.T) {
 	if _, err := Open(dir, keys, now); err != nil {
 		t.Error(err)
 	}
+	// Another repository in its place, and an older state of itself.
+	other, otherDir, _ := create(t, Options{})
+	add(t, other, "9.0.0", AddOptions{})
+	old := filepath.Join(t.TempDir(), "old")
+	if err := os.CopyFS(old, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = Open(dir, keys, now); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Withdraw("gate/stable/amd64/1.0.0.json"); err != nil {
+		t.Fatal(err)
+	}
+	for from, want := range map[string]error{otherDir: update.ErrUntrusted, old: update.ErrOlder} {
+		if err := errors.Join(os.Rename(dir, dir+".mine"), os.CopyFS(dir, os.DirFS(from))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Open(dir, keys, now); !errors.Is(err, want) {
+			t.Errorf("%v; want %v", err, want)
+		}
+		if err := errors.Join(os.RemoveAll(dir), os.Rename(dir+".mine", dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// A draft that was put among what is published is nobody's.
+	planted := filepath.Join(dir, pendingDir, Targets+".json")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(planted), 0o755), os.WriteFile(planted, []byte(`{"signed":{"_type":"targets"}}`), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if r, err = Open(dir, keys, now); err != nil {
+		t.Fatal(err)
+	}
+	if s, err := r.Status(); err != nil || len(s.Pending) != 0 {
+		t.Errorf("%+v, %v", s, err)
+	}
 	folder := release(t, "gate", "1.1.0", "amd64")
 	if err := os.WriteFile(filepath.Join(folder, image.UKIName), []byte("another"), 0o644); err != nil {
 		t.Fatal(err)
@@ -703,7 +738,7 @@ func TestCutAnywhere(t *testing.T) {
 		update.TargetsPath(4) + ".new", update.SnapshotPath(4) + ".new", "metadata/timestamp.json.new",
 	} {
 		work := filepath.Join(t.TempDir(), "repo")
-		if err := os.CopyFS(work, os.DirFS(dir)); err != nil {
+		if err := errors.Join(os.CopyFS(work, os.DirFS(dir)), os.CopyFS(privateFolder(work), os.DirFS(privateFolder(dir)))); err != nil {
 			t.Fatal(err)
 		}
 		w, err := Open(work, keys, now)
@@ -712,6 +747,9 @@ func TestCutAnywhere(t *testing.T) {
 		}
 		// What cannot be written is where a folder, or a file, is in the way.
 		path := filepath.Join(work, blocked)
+		if strings.HasPrefix(blocked, pendingDir) {
+			path = filepath.Join(privateFolder(work), blocked)
+		}
 		if strings.HasSuffix(blocked, ".new") {
 			err = os.MkdirAll(path, 0o755)
 		} else {

@@ -42,7 +42,7 @@ type Status struct {
 func (r *Repo) Status() (*Status, error) {
 	s := &Status{}
 	for _, role := range Roles() {
-		if _, err := os.Stat(filepath.Join(r.dir, pendingPath(role))); err == nil {
+		if _, err := os.Stat(filepath.Join(r.private, pendingPath(role))); err == nil {
 			s.Pending = append(s.Pending, role)
 		}
 	}
