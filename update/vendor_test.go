@@ -3,7 +3,6 @@ package update
 import (
 	"bytes"
 	"context"
-	"crypto"
 	"crypto/ed25519"
 	"crypto/sha256"
 	"encoding/json"
@@ -21,7 +20,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/secure-systems-lab/go-securesystemslib/cjson"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -117,14 +116,12 @@ func (v *vendor) signRoot(keys ...ed25519.PrivateKey) {
 func signed[T metadata.Roles](t testing.TB, m *metadata.Metadata[T], keys []ed25519.PrivateKey) []byte {
 	t.Helper()
 	m.Signatures = nil
+	payload, err := cjson.EncodeCanonical(m.Signed)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, k := range keys {
-		s, err := signature.LoadSigner(k, crypto.Hash(0))
-		if err == nil {
-			_, err = m.Sign(s)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		m.Signatures = append(m.Signatures, metadata.Signature{KeyID: keyID(t, k), Signature: ed25519.Sign(k, payload)})
 	}
 	b, err := m.ToBytes(false)
 	if err != nil {
