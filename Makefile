@@ -61,8 +61,8 @@ $(INPUTS)/debian-root.tar: | $(BUILD)/tools.stamp
 	SOURCE_DATE_EPOCH=1793491200 mmdebstrap --quiet --variant=essential --include=systemd-sysv,udev,dbus,redis-server \
 		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--customize-hook='rm -rf "$$1"/var/lib/apt/lists/* "$$1"/var/cache/* "$$1"/var/log/* && : > "$$1"/etc/machine-id' \
-		bookworm $@.new
-	mv $@.new $@
+		bookworm $(INPUTS)/debian-root.part.tar
+	mv $(INPUTS)/debian-root.part.tar $@
 
 inputs: $(INPUTS)/debian-root.tar $(INPUTS)/linux-image.deb $(INPUTS)/etcd $(BUILD)/keys all
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,6 +41,11 @@ func (op *opener) dir(path string) error {
 	return nil
 }
 
+// noTime is the time of everything in a folder of the build machine: none of its
+// own, as a checkout has the time at which it was made. Clamping turns it into the
+// epoch.
+const noTime = math.MaxInt64
+
 type dirWalker struct {
 	op     *opener
 	inodes map[[2]uint64]*tree.Node // by device and inode, those with several names
@@ -62,7 +68,7 @@ func (w *dirWalker) node(path string, depth int) (*tree.Node, error) {
 	if n := w.inodes[id]; n != nil {
 		return n, nil
 	}
-	n := &tree.Node{Mode: st.Mode, UID: st.Uid, GID: st.Gid, MTimeSec: max(0, st.Mtim.Sec)}
+	n := &tree.Node{Mode: st.Mode, UID: st.Uid, GID: st.Gid, MTimeSec: noTime}
 	if n.Type() == tree.TypeSocket {
 		return nil, nil
 	}

@@ -275,7 +275,7 @@ func (op *opener) openFile(path string) (*blob, error) {
 		return nil, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("%s is not a regular file", path)
+		return nil, fmt.Errorf("%s is %v, not a regular file", path, info.Mode().Type())
 	}
 	return sectionBlob(tree.Section{R: f, SizeBytes: info.Size()}), nil
 }
