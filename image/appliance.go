@@ -10,6 +10,9 @@ const (
 	AgentPath = "/usr/lib/holdfast/holdfast-agent"
 	// AppliancePath is the [Appliance] in the root, as JSON.
 	AppliancePath = "/usr/lib/holdfast/appliance.json"
+	// TUFRootPath is the root.json of the update repository in the root, with which
+	// a device begins to trust it (package update). It is there when the spec has one.
+	TUFRootPath = "/usr/lib/holdfast/tuf-root.json"
 	// BootPath is the [Boot] in the initrd, as JSON.
 	BootPath = "/boot.json"
 	// ContainersPath holds one folder a container: onboot/NNN-NAME, services/NAME,
@@ -36,6 +39,8 @@ type Appliance struct {
 	OnBoot     []Container `json:"onboot,omitempty"`     // run in order, each must exit 0
 	Services   []Container `json:"services,omitempty"`   // run side by side
 	OnShutdown []Container `json:"onshutdown,omitempty"` // run in reverse order
+	// Update is zero in a release that takes no updates.
+	Update Update `json:"update,omitzero"`
 	// Handoff, when set, is the argv of the image's own init: the agent prepares
 	// the root and the volumes and then becomes it.
 	Handoff []string `json:"handoff,omitempty"`
@@ -74,6 +79,31 @@ type SealPolicy struct {
 	Policy string `json:"policy"` // "standard"
 	// PolicyKeyPEM is the vendor's public key for signed PCR 11 policies.
 	PolicyKeyPEM string `json:"policy_key_pem"`
+}
+
+// Update says where new releases come from and when they are taken. The keys they
+// are signed with are in the file at [TUFRootPath], not here.
+type Update struct {
+	// URL is the repository's; empty is none, and releases come by hand only.
+	URL     string `json:"url,omitempty"`
+	Channel string `json:"channel,omitempty"` // never empty when there is a root
+	// CAPEM, when set, are the certificates that the server's is judged by, instead of the usual ones.
+	CAPEM string `json:"ca_pem,omitempty"`
+	// CheckSec is the time from one check to the next; 0 is never.
+	CheckSec int64 `json:"check_sec,omitempty"`
+	// The device restarts into a new release between WindowStartMin and
+	// WindowEndMin, minutes after midnight UTC; the window may span midnight. Equal is any time.
+	WindowStartMin int `json:"window_start_min,omitempty"`
+	WindowEndMin   int `json:"window_end_min,omitempty"`
+	// Automatic installs what a check finds; otherwise somebody has to say so.
+	Automatic bool `json:"automatic,omitempty"`
+	// Stick takes releases from a medium that is plugged in.
+	Stick bool `json:"stick,omitempty"`
+	// WriteBack writes the outcome of an update to the medium it came from.
+	WriteBack bool `json:"write_back,omitempty"`
+	// Epoch is the security epoch; a device never goes to a release with a lower one.
+	Epoch    int64  `json:"epoch,omitempty"`
+	Hardware string `json:"hardware,omitempty"` // the model, for releases that are not for all
 }
 
 // Interface is the configuration of one network device.

@@ -21,6 +21,8 @@ type Manifest struct {
 	Version      string `json:"version"`
 	Architecture string `json:"architecture"`
 	BuildTimeSec int64  `json:"build_time_sec"`
+	// Epoch is the security epoch, that of [Update].
+	Epoch int64 `json:"epoch,omitempty"`
 
 	Root   File   `json:"root"`
 	Verity Verity `json:"verity"`

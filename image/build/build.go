@@ -136,6 +136,7 @@ func (b *builder) release() error {
 	s := b.spec
 	b.manifest = image.Manifest{
 		Format: 1, Name: s.Name, Version: s.Version, Architecture: s.Arch, BuildTimeSec: b.epochSec(),
+		Epoch: s.Update.Epoch,
 	}
 	k, err := b.openKernel()
 	if err != nil {

@@ -83,6 +83,7 @@ func (b *builder) compose(k *kernel) (*tree.Node, *image.Appliance, error) {
 	}
 	for _, add := range []func(*tree.Node) error{
 		func(n *tree.Node) error { return b.addContainers(n, app) }, b.addVolumes, b.addFiles,
+		func(n *tree.Node) error { return b.addUpdate(n, app) },
 		func(n *tree.Node) error { return b.addAgent(n, app) },
 	} {
 		if err := add(root); err != nil {

@@ -3,6 +3,7 @@ package build
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -99,6 +100,23 @@ func (b *builder) sourceFile(path string) (tree.Content, error) {
 		return nil, fmt.Errorf("%s is not a regular file", path)
 	}
 	return tree.File{Path: path, SizeBytes: info.Size()}, nil
+}
+
+// small reads a file of the build machine that has at most limit bytes.
+func (b *builder) small(path string, limit int64) ([]byte, error) {
+	content, err := b.sourceFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if content.Size() > limit {
+		return nil, fmt.Errorf("%s has %d bytes; %d is the most", path, content.Size(), limit)
+	}
+	r, err := content.Open()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	return io.ReadAll(io.LimitReader(r, limit))
 }
 
 // metadata is the spec itself, for the appliance to read.

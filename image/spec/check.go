@@ -58,6 +58,7 @@ func (r *report) checkSpec(s *Spec) {
 	r.checkNetwork(s.Network)
 	r.checkDisk(&s.Disk)
 	r.checkSeal(s.Seal)
+	r.checkUpdate(&s.Update)
 	for i := range s.Files {
 		r.checkFile(index("files", i), &s.Files[i])
 	}
@@ -277,6 +278,31 @@ func (r *report) checkSeal(s Seal) {
 		return
 	}
 	r.oneOf("seal.policy", s.Policy, "standard")
+}
+
+func (r *report) checkUpdate(u *Update) {
+	if u.URL != "" {
+		// Without TLS too: what counts is signed, and a plant's own server may have no certificate.
+		parsed, err := url.Parse(u.URL)
+		switch {
+		case err != nil || parsed.Scheme != "https" && parsed.Scheme != "http" || parsed.Host == "":
+			r.errorf("update.url", "write https://updates.example/repo", "%q is not a URL", u.URL)
+		case parsed.RawQuery != "" || parsed.Fragment != "" || parsed.User != nil:
+			r.errorf("update.url", "it goes into every release for all to read", "a repository's URL has no user, query or fragment")
+		}
+	}
+	r.pattern("update.channel", u.Channel, `^[a-z0-9][a-z0-9-]{0,30}$`, "1 to 31 letters a-z, digits and hyphens")
+	r.pattern("update.hardware", u.Hardware, `^[!-)+-~]{1,64}$`, "1 to 64 characters without white space and *")
+	if u.Epoch < 0 {
+		r.errorf("update.epoch", "count from 0", "%d is negative", u.Epoch)
+	}
+	if u.URL == "" {
+		for _, key := range []string{"update.ca", "update.check"} {
+			if r.pos.has(key) && !r.pos.has("update.url") {
+				r.warnf(key, "", "has no effect without url")
+			}
+		}
+	}
 }
 
 func (r *report) checkFile(at string, f *File) {

@@ -8,6 +8,9 @@ const (
 	DefaultESPSize  Size = 1 << 30
 )
 
+// DefaultCheck is update.check when not given.
+const DefaultCheck Interval = 6 * 60 * 60
+
 // ApplyDefaults fills in what was not given:
 //
 //	arch              amd64
@@ -19,6 +22,7 @@ const (
 //	disk.esp          1 GiB
 //	disk.data         one volume, {name: data, mount: /data}; [] is none
 //	seal.policy       standard
+//	update.channel    stable, and check 6h, automatic true, stick true, when there is an update section
 //	files[].mode      0600, folders 0700
 //	services[].restart always
 //
@@ -48,6 +52,20 @@ func (s *Spec) ApplyDefaults() {
 	}
 	if s.Disk.Data == nil {
 		s.Disk.Data = []Data{{Name: "data", Mount: "/data"}}
+	}
+	if u := &s.Update; u.given() {
+		yes := func(p **bool) {
+			if *p == nil {
+				v := true
+				*p = &v
+			}
+		}
+		text(&u.Channel, "stable")
+		if u.Check == 0 {
+			u.Check = DefaultCheck
+		}
+		yes(&u.Automatic)
+		yes(&u.Stick)
 	}
 	s.Services = slices.Clone(s.Services)
 	for i := range s.Services {

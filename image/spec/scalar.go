@@ -94,6 +94,74 @@ func (d *Duration) expected() string { return `a duration such as "10s"` }
 // Seconds is the duration in seconds.
 func (d Duration) Seconds() int { return int(time.Duration(d) / time.Second) }
 
+// Interval is the time from one event to the next in seconds, written as "6h" or
+// "never", which is [Never].
+type Interval int64
+
+// Never is an interval that does not end. Zero is one that was not given.
+const Never Interval = -1
+
+const (
+	minInterval = Interval(time.Minute / time.Second)
+	maxInterval = Interval(30 * 24 * time.Hour / time.Second)
+)
+
+func (i *Interval) set(n *yaml.Node) error {
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" {
+		return wrongType(i.expected(), n)
+	}
+	if n.Value == "never" {
+		*i = Never
+		return nil
+	}
+	v, err := time.ParseDuration(n.Value)
+	if err != nil {
+		return hint(`write "6h", "30m" or "never"`, "%q is not a duration", n.Value)
+	}
+	s := Interval(v / time.Second)
+	if v%time.Second != 0 || s < minInterval || s > maxInterval {
+		return fmt.Errorf("%q is not a whole number of seconds from 1m to 720h", n.Value)
+	}
+	*i = s
+	return nil
+}
+func (i *Interval) plain() any {
+	if *i == Never {
+		return "never"
+	}
+	return (time.Duration(*i) * time.Second).String()
+}
+func (i *Interval) expected() string { return `a duration such as "6h", or "never"` }
+
+// Seconds is the interval in seconds; 0 is never.
+func (i Interval) Seconds() int64 { return max(int64(i), 0) }
+
+// Window is a time of day in UTC, written as "02:00-05:00": minutes after midnight,
+// the end not included. It may span midnight. The zero value is not given.
+type Window struct{ StartMin, EndMin int }
+
+func (w *Window) set(n *yaml.Node) error {
+	if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" {
+		return wrongType(w.expected(), n)
+	}
+	from, to, ok := strings.Cut(n.Value, "-")
+	start, err1 := time.Parse("15:04", strings.TrimSpace(from))
+	end, err2 := time.Parse("15:04", strings.TrimSpace(to))
+	if !ok || err1 != nil || err2 != nil {
+		return hint(`write "02:00-05:00", in UTC`, "%q is not a time of day from and to", n.Value)
+	}
+	v := Window{start.Hour()*60 + start.Minute(), end.Hour()*60 + end.Minute()}
+	if v.StartMin == v.EndMin {
+		return hint("leave it out for any time", "window %q begins when it ends", n.Value)
+	}
+	*w = v
+	return nil
+}
+func (w *Window) plain() any {
+	return fmt.Sprintf("%02d:%02d-%02d:%02d", w.StartMin/60, w.StartMin%60, w.EndMin/60, w.EndMin%60)
+}
+func (w *Window) expected() string { return `a time of day such as "02:00-05:00"` }
+
 // Epoch is a moment in seconds since 1970, written as an RFC 3339 time, a date
 // or a whole number of seconds (as in SOURCE_DATE_EPOCH). It is between 1980
 // and 2107, which is what FAT can record.

@@ -88,6 +88,7 @@ type Spec struct {
 	Sysctl  map[string]string `yaml:"sysctl,number"`
 	Disk    Disk              `yaml:"disk"`
 	Seal    Seal              `yaml:"seal"`
+	Update  Update            `yaml:"update"`
 	Keys    string            `yaml:"keys"` // folder with the vendor's keys
 
 	// Warnings are about what was accepted and has no effect, or may surprise.
@@ -167,6 +168,27 @@ type Data struct {
 type Seal struct {
 	Policy string `yaml:"policy"` // "standard", the default
 }
+
+// Update says which repository new releases come from, and when they are taken.
+// A spec without it makes a release that takes none.
+type Update struct {
+	// Root is the repository's root.json, a file on the build machine, ~/ allowed.
+	Root    string   `yaml:"root"`
+	URL     string   `yaml:"url"`     // "" is none: releases come by hand only
+	Channel string   `yaml:"channel"` // default stable
+	CA      string   `yaml:"ca"`      // PEM file on the build machine
+	Check   Interval `yaml:"check"`   // default 6h
+	// Window is when the device may restart into a new release; default any time.
+	Window    Window `yaml:"window"`
+	Automatic *bool  `yaml:"automatic"`  // default true
+	Stick     *bool  `yaml:"stick"`      // default true
+	WriteBack bool   `yaml:"write_back"` // tells the stick how it went
+	Epoch     int64  `yaml:"epoch"`      // security epoch
+	Hardware  string `yaml:"hardware"`
+}
+
+// given says whether the spec has the section.
+func (u *Update) given() bool { return *u != Update{} }
 
 // Parse reads one file. name is what errors call it. The error, when the
 // contents are to blame, is [*Errors] with all there is to say; a spec that

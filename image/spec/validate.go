@@ -33,6 +33,9 @@ func (s *Spec) Validate() error {
 	if len(s.Handoff) == 0 && len(s.Services) == 0 && len(s.OnBoot) == 0 {
 		r.errorf("services", "write services or handoff", "the appliance would run nothing")
 	}
+	if s.Update.given() && s.Update.Root == "" {
+		r.errorf("update.root", "write root: root.json, as holdfast repo root prints it", "updates need the keys that releases are signed with")
+	}
 	r.validateImages(s)
 	return r.err()
 }
