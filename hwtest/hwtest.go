@@ -66,11 +66,13 @@ type SecureBootKeys struct {
 	PK, KEK, DB, DBX []byte
 }
 
-// Options describe a box. The zero value is a box with 1 GiB of memory, two
-// processors, a TPM 2.0 and Secure Boot off.
+// Options describe a box. The zero value is a box with 1 GiB of memory, a TPM 2.0
+// and Secure Boot off.
 type Options struct {
 	MemoryMiB int
-	CPUs      int
+	// CPUs is 2 when 0, and 1 under emulation: emulated processors that wait for
+	// one another stand still on a busy machine, until the guest's watchdog bites.
+	CPUs int
 	TPM       TPMKind
 	// SecureBoot, when set, is enrolled before the first power-on.
 	SecureBoot *SecureBootKeys
@@ -102,9 +104,6 @@ type Box struct {
 func NewBox(dir, disk string, o Options) (*Box, error) {
 	if o.MemoryMiB == 0 {
 		o.MemoryMiB = 1024
-	}
-	if o.CPUs == 0 {
-		o.CPUs = 2
 	}
 	dir, err := filepath.Abs(dir)
 	if err != nil {

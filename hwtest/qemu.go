@@ -107,9 +107,16 @@ func acceptOrExit(l net.Listener, done <-chan struct{}) (net.Conn, error) {
 // arguments is QEMU's command line. The disk has the only boot index, so that
 // the firmware tries nothing else before it: what it tries lands in PCR 4.
 func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
+	cpus := b.opts.CPUs
+	if cpus == 0 {
+		cpus = 2
+		if accel == "tcg" {
+			cpus = 1
+		}
+	}
 	args := []string{
 		"-nodefaults", "-display", "none", "-no-user-config",
-		"-m", strconv.Itoa(b.opts.MemoryMiB), "-smp", strconv.Itoa(b.opts.CPUs),
+		"-m", strconv.Itoa(b.opts.MemoryMiB), "-smp", strconv.Itoa(cpus),
 		"-chardev", "socket,id=console,path=" + filepath.Join(vm.sockets, "console"),
 		"-serial", "chardev:console",
 		"-qmp", "unix:" + vm.qmp + ",server=on,wait=off",
