@@ -9,8 +9,11 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -50,6 +53,8 @@ func (s *system) serveAPI(ctx context.Context) error {
 		s.requestPower(action == "reboot", "asked by the API")
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("GET /v1/update", s.answerUpdate)
+	mux.HandleFunc("POST /v1/update/{action}", s.answerUpdate)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		<-ctx.Done()
@@ -78,6 +83,49 @@ func (s *system) answerLogs(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	http.Error(w, "no container "+r.PathValue("name"), http.StatusNotFound)
+}
+
+// answerUpdate reports, checks or installs, and answers when that is done. The
+// query has path (empty is the repository), version (empty is the newest) and
+// reboot=window for a restart when the spec allows it.
+func (s *system) answerUpdate(w http.ResponseWriter, r *http.Request) {
+	u := s.updater
+	if u == nil {
+		http.Error(w, "this release takes no updates: its spec has no update section", http.StatusConflict)
+		return
+	}
+	q := r.URL.Query()
+	path, want := q.Get("path"), q.Get("version")
+	if path != "" && !filepath.IsAbs(path) {
+		http.Error(w, "path "+path+" is not absolute", http.StatusBadRequest)
+		return
+	}
+	var err error
+	switch action := r.PathValue("action"); action {
+	case "":
+	case "check":
+		err = u.checkFrom(r.Context(), path, want)
+	case "apply":
+		// It goes on when who asked hangs up: half an installation helps nobody.
+		var version string
+		version, err = u.applyFrom(context.WithoutCancel(r.Context()), path, want)
+		if err == nil && q.Get("reboot") == "window" {
+			go u.rebootInWindow(context.WithoutCancel(r.Context()), func() { s.requestPower(true, "to start release "+version) })
+		}
+	default:
+		http.NotFound(w, r)
+		return
+	}
+	switch {
+	case errors.Is(err, ErrNoUpdate):
+		http.Error(w, err.Error(), http.StatusNotFound)
+	case errors.Is(err, ErrUpdating):
+		http.Error(w, err.Error(), http.StatusConflict)
+	case err != nil:
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	default:
+		writeJSON(w, u.Status())
+	}
 }
 
 func writeJSON(w http.ResponseWriter, v any) {
@@ -116,6 +164,55 @@ func (c *Client) Logs(ctx context.Context, name string, lines int) (log []string
 	return log, c.call(ctx, http.MethodGet, fmt.Sprintf("/v1/logs/%s?n=%d", name, lines), &log)
 }
 
+// UpdateStatus is what the updater knows.
+func (c *Client) UpdateStatus(ctx context.Context) (*UpdateStatus, error) {
+	s := &UpdateStatus{}
+	return s, c.call(ctx, http.MethodGet, "/v1/update", s)
+}
+
+// UpdateRequest says where an update comes from.
+type UpdateRequest struct {
+	// Path is a bundle or a repository's folder in the agent's own file system; empty is the spec's repository.
+	Path string
+	// Version, when set, is the one to install, older or newer.
+	Version string
+	// Reboot restarts the box after the installation, when the spec's window allows it.
+	Reboot bool
+}
+
+// CheckUpdate asks what there is. Nothing to install is [ErrNoUpdate].
+func (c *Client) CheckUpdate(ctx context.Context, r UpdateRequest) (*UpdateStatus, error) {
+	return c.update(ctx, "check", r)
+}
+
+// ApplyUpdate installs, and returns when that is done; [Client.UpdateStatus] tells how far it is.
+func (c *Client) ApplyUpdate(ctx context.Context, r UpdateRequest) (*UpdateStatus, error) {
+	return c.update(ctx, "apply", r)
+}
+
+func (c *Client) update(ctx context.Context, action string, r UpdateRequest) (*UpdateStatus, error) {
+	q := url.Values{"path": {r.Path}, "version": {r.Version}}
+	if r.Reboot {
+		q.Set("reboot", "window")
+	}
+	patient := &Client{http.Client{Transport: c.http.Transport}}
+	s := &UpdateStatus{}
+	err := patient.call(ctx, http.MethodPost, "/v1/update/"+action+"?"+q.Encode(), s)
+	var refused *apiError
+	if errors.As(err, &refused) && refused.status == http.StatusNotFound {
+		return nil, fmt.Errorf("%w%s", ErrNoUpdate, strings.TrimPrefix(refused.text, ErrNoUpdate.Error()))
+	}
+	return s, err
+}
+
+// apiError is an answer that is not one of success.
+type apiError struct {
+	status int
+	text   string
+}
+
+func (e *apiError) Error() string { return "agent: " + e.text }
+
 // Power asks for a clean power-off or reboot.
 func (c *Client) Power(ctx context.Context, reboot bool) error {
 	action := "off"
@@ -140,7 +237,7 @@ func (c *Client) call(ctx context.Context, method, path string, answer any) erro
 		return err
 	}
 	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("agent: %s", string(body))
+		return &apiError{resp.StatusCode, strings.TrimSpace(string(body))}
 	}
 	if answer == nil {
 		return nil

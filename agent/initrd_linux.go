@@ -76,7 +76,7 @@ func (i *initrd) readBoot() error {
 	}
 	a := i.boot.Appliance
 	i.status.Name, i.status.Version, i.status.Architecture = a.Name, a.Version, a.Architecture
-	i.status.RootHash = i.boot.Root.RootHash
+	i.status.RootHash, i.status.Verity = i.boot.Root.RootHash, i.boot.Root
 	i.log.Info("starting", "name", a.Name, "version", a.Version)
 	cmdline, err := os.ReadFile("/proc/cmdline")
 	if err != nil {

@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 var notOnTheDevice = []string{
 	module + "/image/build", module + "/image/oci", module + "/image/erofs", module + "/image/uki", module + "/image/initrd",
 	module + "/image/keys", module + "/image/spec", module + "/image/runtime", module + "/image/qcow2", module + "/image/deb",
+	module + "/update/repo", module + "/update/delta/make",
 	module + "/hwtest", module + "/examples", module + "/cmd/holdfast", module + "/seal/sealtest", module + "/partition/powercut",
 	"github.com/google/go-containerregistry", "github.com/foxboron/go-uefi", "go.yaml.in/yaml/v3", "testing",
 }

@@ -5,6 +5,8 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+
+	"github.com/holdfast-os/holdfast/image"
 )
 
 // Status is what `holdfast-agent status --json` prints. Fields are added, never
@@ -16,18 +18,24 @@ type Status struct {
 	// Slot is "a" or "b", found by the root hash; "" when the root is on no known slot.
 	Slot     string `json:"slot"`
 	RootHash string `json:"root_hash"`
+	// Verity describes the running root.
+	Verity image.Verity `json:"verity"`
 	// Disk is the device the root was found on.
 	Disk string `json:"disk,omitempty"`
 	// Slots are the installed releases.
 	Slots []SlotStatus `json:"slots,omitempty"`
 	// Policy is the sealing policy in force, whole, a line a rule.
-	Policy   string   `json:"policy"`
-	Rules    []string `json:"rules,omitempty"`
-	Degraded []string `json:"degraded,omitempty"` // why protection is less than the policy's best
-	Problems []string `json:"problems,omitempty"` // what a person should look at
+	Policy string   `json:"policy"`
+	Rules  []string `json:"rules,omitempty"`
+	// SealedPCRs are the registers whose values the volumes' key is bound to.
+	SealedPCRs []int    `json:"sealed_pcrs,omitempty"`
+	Degraded   []string `json:"degraded,omitempty"` // why protection is less than the policy's best
+	Problems   []string `json:"problems,omitempty"` // what a person should look at
 
 	Volumes  []VolumeStatus  `json:"volumes,omitempty"`
 	Services []ServiceStatus `json:"services,omitempty"`
+	// Update is what is pending and what happened last; nil in a release that takes no updates.
+	Update *UpdateStatus `json:"update,omitempty"`
 
 	Boot BootTimes `json:"boot"`
 }
@@ -123,6 +131,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		fmt.Fprintln(tw)
 	}
 	tw.Flush()
+	if s.Update != nil {
+		s.Update.lines(&b)
+	}
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err
 }

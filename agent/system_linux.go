@@ -30,6 +30,7 @@ type system struct {
 	power   chan bool   // true: reboot
 	started atomic.Bool // every onboot container has succeeded, services are being kept
 	failed  atomic.Bool // one has not
+	updater *Updater    // nil in a release that takes no updates
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -51,6 +52,7 @@ func RunSystem(console io.Writer) error {
 	}
 	s.configureKernel()
 	s.watchSignals()
+	s.settleUpdates()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	if err := s.serveAPI(ctx); err != nil {
@@ -218,6 +220,10 @@ func (s *system) status() *Status {
 			out.Problems = append(out.Problems, err.Error())
 		}
 		disk.close()
+	}
+	if s.updater != nil {
+		u := s.updater.Status()
+		out.Update = &u
 	}
 	for _, group := range []struct {
 		kind string

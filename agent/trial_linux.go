@@ -21,6 +21,9 @@ const (
 	trialTime = 10 * time.Minute
 	// settleTime is how long it must then stay healthy.
 	settleTime = 10 * time.Second
+	// trialRestarts is how often one service may have been restarted before the
+	// trial has failed; some wait for one another by dying.
+	trialRestarts = 5
 )
 
 // slots is the disk the system runs from, as far as boot entries go.
@@ -97,12 +100,16 @@ func (s *system) judge(ctx context.Context) {
 		return
 	}
 	if !entry.Counted {
+		s.updates(ctx)
 		return
 	}
 	s.log.Info("on trial", "slot", entry.Slot, "version", entry.Version, "tries_left", entry.TriesLeft)
 	if reason := s.failedTrial(ctx); reason != nil {
 		if ctx.Err() == nil {
 			s.problem(fmt.Sprintf("trial of %s in slot %s failed: %v", entry.Version, entry.Slot, reason))
+			if s.updater != nil {
+				s.updater.TrialFailed(reason)
+			}
 			s.requestPower(true, "failed trial")
 		}
 		return
@@ -112,6 +119,10 @@ func (s *system) judge(ctx context.Context) {
 		return
 	}
 	s.log.Info("blessed", "slot", entry.Slot, "version", entry.Version)
+	if s.updater != nil {
+		s.updater.Commit()
+	}
+	s.updates(ctx)
 }
 
 // failedTrial waits until the appliance has been healthy for settleTime and
@@ -130,6 +141,9 @@ func (s *system) failedTrial(ctx context.Context) error {
 			return errors.New("an onboot container failed")
 		case !s.started.Load() || !s.ready():
 			since = time.Time{}
+			if s.mostRestarts() >= trialRestarts {
+				return fmt.Errorf("a service was started %d times: %s", trialRestarts+1, s.unready())
+			}
 			if time.Now().After(deadline) {
 				return fmt.Errorf("not healthy after %v: %s", trialTime, s.unready())
 			}
@@ -139,6 +153,16 @@ func (s *system) failedTrial(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// mostRestarts is the count of the service that was restarted most often.
+func (s *system) mostRestarts() (n int) {
+	for _, c := range s.services {
+		c.mu.Lock()
+		n = max(n, c.restarts)
+		c.mu.Unlock()
+	}
+	return n
 }
 
 // unready names the services that are not up.

@@ -382,7 +382,7 @@ func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 			policy.PCRs[n] = record.PCRs[n]
 		}
 	}
-	s.Rules = policy.Describe()
+	s.Rules, s.SealedPCRs = policy.Describe(), token.PCRs
 	if slices.Contains(token.PCRs, 4) {
 		s.Degraded = append(s.Degraded, degradedWithoutSecureBoot)
 	}

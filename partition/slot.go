@@ -63,6 +63,9 @@ type WriteOptions struct {
 	// Running is the slot that the caller runs from; it is never written. Empty
 	// on the bench and in the builder.
 	Running Slot
+	// SkipEqual reads before it writes and leaves alone what is right already, which
+	// spares the medium when an installation goes on after a cut.
+	SkipEqual bool
 	// Time is the modification time of the files on the ESP; zero is 1980.
 	Time time.Time
 }
@@ -355,7 +358,7 @@ func (p *SlotPlan) writeRoot(m *meter) (err error) {
 		return fmt.Errorf("root image: %w", err)
 	}
 	defer func() { err = errors.Join(err, r.Close()) }()
-	buf := make([]byte, chunkBytes)
+	buf, there := make([]byte, chunkBytes), make([]byte, chunkBytes)
 	for off := int64(0); ; {
 		n, err := io.ReadFull(r, buf)
 		if err == io.EOF {
@@ -364,8 +367,11 @@ func (p *SlotPlan) writeRoot(m *meter) (err error) {
 		if err != nil && err != io.ErrUnexpectedEOF {
 			return fmt.Errorf("root image at byte %d: %w", off, err)
 		}
-		if err := writeAt(p.root, buf[:n], off); err != nil {
-			return fmt.Errorf("root image: %w", err)
+		equal := p.o.SkipEqual && readFull(p.root, there[:n], off) == nil && bytes.Equal(buf[:n], there[:n])
+		if !equal {
+			if err := writeAt(p.root, buf[:n], off); err != nil {
+				return fmt.Errorf("root image: %w", err)
+			}
 		}
 		off += int64(n)
 		if err := m.add(int64(n)); err != nil {

@@ -41,7 +41,12 @@ type Pending struct {
 	RootHash string    `json:"root_hash"`
 	Sequence int64     `json:"sequence"`
 	Since    time.Time `json:"since"`
+	// Reason is why the release on trial gave up, in its own words.
+	Reason string `json:"reason,omitempty"`
 }
+
+// SetReason keeps why the trial failed, cut to what the state holds.
+func (p *Pending) SetReason(reason string) { p.Reason = clip(reason, maxReasonChars) }
 
 // Failed is a release that was tried and did not work.
 type Failed struct {
@@ -142,7 +147,8 @@ func (s *State) valid() error {
 	if len(s.Journal) > maxJournal || len(s.Failed) > maxFailed {
 		return fmt.Errorf("%d entries in the journal and %d failures, at most %d and %d are allowed", len(s.Journal), len(s.Failed), maxJournal, maxFailed)
 	}
-	if p := s.Pending; p != nil && (!ValidVersion(p.Version) || !validHash(p.RootHash) || !nameForm.MatchString(p.Slot) || p.Sequence < 0) {
+	if p := s.Pending; p != nil && (!ValidVersion(p.Version) || !validHash(p.RootHash) || !nameForm.MatchString(p.Slot) || p.Sequence < 0 ||
+		!shortText(p.Reason, maxReasonChars)) {
 		return errors.New("what is pending is not a release in a slot")
 	}
 	for _, f := range s.Failed {

@@ -1,15 +1,18 @@
 // Command holdfast-agent is the device side of Holdfast: the init of the
 // initrd, PID 1 on the root, and the tool that asks the running agent.
 //
-// Exit codes: 0 done, 1 failed, 2 usage.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install.
 package main
 
 import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
+	"io"
 	"os"
+	"path/filepath"
 	"strconv"
 	"time"
 
@@ -24,8 +27,12 @@ const usage = `usage: holdfast-agent VERB
   logs NAME [LINES]      the last lines a container printed
   poweroff, reboot       stop the services, close the volumes, end
   bless                  after a hand-off: this release is healthy, keep booting it
+  update check|apply [PATH] [--version V] [--reboot] [--json]
+                         from the spec's repository, or a bundle or repository at PATH
+  update status [--json] what waits, what failed and why, the last 50 updates
   version
 
+exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install
 example: holdfast-agent status --json
 `
 
@@ -80,6 +87,8 @@ func run(args []string) int {
 		err = c.Power(ctx, args[0] == "reboot")
 	case args[0] == "bless" && len(args) == 1:
 		err = bless(ctx, c)
+	case args[0] == "update" && len(args) > 1:
+		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "version" && len(args) == 1:
 		fmt.Println("holdfast-agent", version)
 	default:
@@ -88,6 +97,10 @@ func run(args []string) int {
 	if errors.Is(err, errUsage) {
 		fmt.Fprint(os.Stderr, usage)
 		return 2
+	}
+	if errors.Is(err, agent.ErrNoUpdate) {
+		fmt.Println(err)
+		return 3
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "error:", err)
@@ -111,6 +124,78 @@ func status(ctx context.Context, c *agent.Client, args []string) error {
 	}
 	_, err = s.WriteTo(os.Stdout)
 	return err
+}
+
+// updates is the verb update.
+func updates(ctx context.Context, c *agent.Client, action string, args []string) (err error) {
+	flags := flag.NewFlagSet("update", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	asJSON := flags.Bool("json", false, "")
+	var req agent.UpdateRequest
+	flags.StringVar(&req.Version, "version", "", "")
+	flags.BoolVar(&req.Reboot, "reboot", false, "")
+	var paths []string
+	for len(args) > 0 { // flags may stand behind the path
+		if err := flags.Parse(args); err != nil {
+			return errUsage
+		}
+		if args = flags.Args(); len(args) > 0 {
+			paths, args = append(paths, args[0]), args[1:]
+		}
+	}
+	if len(paths) > 1 {
+		return errUsage
+	}
+	if len(paths) == 1 {
+		if req.Path, err = filepath.Abs(paths[0]); err != nil {
+			return err
+		}
+	}
+	var s *agent.UpdateStatus
+	switch {
+	case action == "status" && len(paths) == 0:
+		s, err = c.UpdateStatus(ctx)
+	case action == "check":
+		s, err = c.CheckUpdate(ctx, req)
+	case action == "apply":
+		done := make(chan struct{})
+		go showProgress(ctx, c, done)
+		s, err = c.ApplyUpdate(ctx, req)
+		close(done)
+	default:
+		return errUsage
+	}
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		return json.NewEncoder(os.Stdout).Encode(s)
+	}
+	_, err = s.WriteTo(os.Stdout)
+	return err
+}
+
+// showProgress prints a line each time the installation has come a tenth further.
+func showProgress(ctx context.Context, c *agent.Client, done <-chan struct{}) {
+	last := int64(-1)
+	began := time.Now()
+	for {
+		select {
+		case <-done:
+			return
+		case <-time.After(500 * time.Millisecond):
+		}
+		s, err := c.UpdateStatus(ctx)
+		if err != nil || s.TotalBytes == 0 {
+			continue
+		}
+		if tenth := s.DoneBytes * 10 / s.TotalBytes; tenth > last {
+			last = tenth
+			rate := float64(s.DoneBytes) / time.Since(began).Seconds()
+			left := time.Duration(float64(s.TotalBytes-s.DoneBytes)/max(rate, 1)) * time.Second
+			fmt.Fprintf(os.Stderr, "%s: %d of %d MB, %.1f MB/s, %v left\n", s.Doing, s.DoneBytes>>20, s.TotalBytes>>20, rate/1e6, left)
+		}
+	}
 }
 
 func bless(ctx context.Context, c *agent.Client) error {

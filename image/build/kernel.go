@@ -2,6 +2,7 @@ package build
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/holdfast-os/holdfast/image/kmod"
@@ -36,6 +37,9 @@ var usefulModules = []string{
 	"iTCO_wdt", "i6300esb", "sp5100_tco", "softdog", // the last one only without the others
 }
 
+// mediaModules read the file systems of sticks.
+var mediaModules = []string{"vfat", "nls_cp437", "nls_ascii", "nls_iso8859_1", "exfat"}
+
 // openKernel finds kernel and modules: in a Debian package under boot/ and
 // lib/modules/, in a LinuxKit kernel image as kernel and kernel.tar.
 func (b *builder) openKernel() (*kernel, error) {
@@ -58,7 +62,11 @@ func (b *builder) openKernel() (*kernel, error) {
 		files = tree.NewDir(0o755)
 	}
 	names := append(append([]string{}, alwaysModules...), b.spec.Kernel.Modules...)
-	if k.version, k.modules, err = kmod.Resolve(files, names, usefulModules); err != nil {
+	useful := usefulModules
+	if u := b.spec.Update; u.Root != "" && (u.Stick == nil || *u.Stick) {
+		useful = slices.Concat(useful, mediaModules)
+	}
+	if k.version, k.modules, err = kmod.Resolve(files, names, useful); err != nil {
 		return nil, b.at("kernel.modules", err)
 	}
 	b.manifest.Kernel = k.version

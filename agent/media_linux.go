@@ -1,0 +1,229 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/update"
+)
+
+const (
+	mediaPath = "/run/holdfast/media"
+	mediaPoll = 2 * time.Second
+	// maxMediaNames is how many names of a medium's top folder are looked at; a stick
+	// may have a million files.
+	maxMediaNames = 4096
+	// BundleSuffix ends the names of the bundles that are looked for on a medium.
+	BundleSuffix = ".bundle"
+	// RepositoryFolder is where a repository is looked for on a medium, beside its top folder.
+	RepositoryFolder = "holdfast"
+)
+
+// watchMedia installs from media that are plugged in, first come, first served. A
+// medium is looked at once for each time that it is plugged in, so one that is left
+// in does no harm.
+//
+// It is mounted read-only, and nothing on it is executed, followed or trusted. Its
+// file system is the kernel's to parse: who fears for that writes stick: false.
+func (u *Updater) watchMedia(ctx context.Context, systemDisk string, reboot func(version string)) {
+	seen := map[string]string{}
+	for {
+		for name, id := range mediaDevices(systemDisk) {
+			if seen[name] == id {
+				continue
+			}
+			seen[name] = id
+			version, err := u.fromMedium(ctx, "/dev/"+name)
+			if err != nil {
+				u.Log.Warn("medium", "device", name, "error", err)
+			}
+			if version != "" {
+				u.rebootInWindow(ctx, func() { reboot(version) })
+			}
+		}
+		if !sleep(ctx, mediaPoll) {
+			return
+		}
+	}
+}
+
+// mediaDevices are the partitions and unpartitioned disks that are not the system's,
+// by name, with what is different each time that one is plugged in.
+func mediaDevices(systemDisk string) map[string]string {
+	list := map[string]string{}
+	disks, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return list
+	}
+	own := filepath.Base(systemDisk)
+	for _, d := range disks {
+		name := d.Name()
+		dir := filepath.Join("/sys/block", name)
+		if name == own || !exists(filepath.Join(dir, "device")) {
+			continue // the system's, or nothing that one could plug in
+		}
+		seq, err := os.ReadFile(filepath.Join(dir, "diskseq"))
+		if err != nil {
+			continue
+		}
+		parts, _ := filepath.Glob(filepath.Join(dir, name+"*", "partition"))
+		for _, p := range parts {
+			list[filepath.Base(filepath.Dir(p))] = string(seq)
+		}
+		if len(parts) == 0 {
+			list[name] = string(seq)
+		}
+	}
+	return list
+}
+
+// fileSystemOf recognises the file systems that media have.
+func fileSystemOf(r io.ReaderAt) (string, error) {
+	b := make([]byte, 2048)
+	if _, err := r.ReadAt(b, 0); err != nil {
+		return "", err
+	}
+	switch {
+	case string(b[3:11]) == "EXFAT   ":
+		return "exfat", nil
+	case binary.LittleEndian.Uint16(b[1080:]) == 0xef53:
+		return "ext4", nil
+	case b[510] == 0x55 && b[511] == 0xaa && (bytes.HasPrefix(b[54:], []byte("FAT")) || bytes.HasPrefix(b[82:], []byte("FAT"))):
+		return "vfat", nil
+	}
+	return "", nil
+}
+
+// fromMedium mounts a medium, installs the first release it has for this box, and
+// says how that went, on the medium too when the spec allows it.
+func (u *Updater) fromMedium(ctx context.Context, device string) (version string, err error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return "", err
+	}
+	fs, err := fileSystemOf(f)
+	if err = errors.Join(err, f.Close()); err != nil || fs == "" {
+		return "", err
+	}
+	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
+		return "", err
+	}
+	u.Log.Info("medium", "device", device, "filesystem", fs)
+	version, found, err := u.applyFromFolder(ctx, mediaPath)
+	unmountMedium()
+	if found && u.Config.WriteBack && fs != "ext4" {
+		err = errors.Join(err, u.writeBack(device, fs))
+	}
+	return version, err
+}
+
+func mountMedium(device, fs string, flags uintptr) error {
+	if err := os.MkdirAll(mediaPath, 0o700); err != nil {
+		return err
+	}
+	options := ""
+	if fs == "ext4" {
+		options = "noload" // a journal that is replayed is a medium that is written
+	}
+	if err := unix.Mount(device, mediaPath, fs, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, options); err != nil {
+		return fmt.Errorf("mount %s as %s: %w", device, fs, err)
+	}
+	return nil
+}
+
+// unmountMedium lets go of a medium, even one that was pulled out.
+func unmountMedium() { unix.Unmount(mediaPath, unix.MNT_DETACH) }
+
+// applyFromFolder installs the first that fits of the bundles and repositories in a
+// folder. found says that there was any.
+func (u *Updater) applyFromFolder(ctx context.Context, dir string) (version string, found bool, err error) {
+	paths, err := findReleases(dir)
+	if err != nil {
+		return "", false, err
+	}
+	var all []error
+	for _, p := range paths {
+		name := "medium:" + strings.TrimPrefix(strings.TrimPrefix(p, dir), "/")
+		version, err := u.applyNamed(ctx, p, name)
+		if err == nil {
+			return version, true, nil
+		}
+		u.Log.Info("not installed", "from", name, "why", err)
+		if !errors.Is(err, ErrNoUpdate) {
+			all = append(all, err)
+		}
+	}
+	return "", len(paths) > 0, errors.Join(all...)
+}
+
+func (u *Updater) applyNamed(ctx context.Context, path, name string) (string, error) {
+	src, closer, err := u.openSource(path)
+	if err != nil {
+		return "", err
+	}
+	defer closer.Close()
+	return u.Apply(ctx, src, name, "")
+}
+
+// findReleases lists bundles by name, then repositories. Only plain files and folders count.
+func findReleases(dir string) ([]string, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	entries, err := d.ReadDir(maxMediaNames)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	var list []string
+	for _, e := range entries {
+		if e.Type().IsRegular() && strings.HasSuffix(strings.ToLower(e.Name()), BundleSuffix) && !strings.HasPrefix(e.Name(), ".") {
+			list = append(list, filepath.Join(dir, e.Name()))
+		}
+	}
+	slices.Sort(list)
+	for _, folder := range []string{filepath.Join(dir, RepositoryFolder), dir} {
+		if info, err := os.Lstat(filepath.Join(folder, update.TimestampPath)); err == nil && info.Mode().IsRegular() {
+			list = append(list, folder)
+		}
+	}
+	return list, nil
+}
+
+// writeBack leaves the outcome on the medium, for the way home. It holds nothing
+// that is secret.
+func (u *Updater) writeBack(device, fs string) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("write the outcome to the medium: %w", err)
+		}
+	}()
+	text, err := json.MarshalIndent(struct {
+		Product  string       `json:"product"`
+		DeviceID string       `json:"device_id"`
+		Time     time.Time    `json:"time"`
+		Update   UpdateStatus `json:"update"`
+	}{u.Device.Product, u.Device.ID, u.Now().UTC(), u.Status()}, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := mountMedium(device, fs, 0); err != nil {
+		return err
+	}
+	defer unmountMedium()
+	name := "holdfast-result-" + u.Device.Product + "-" + u.Device.ID[:min(8, len(u.Device.ID))] + ".json"
+	return update.WriteFile(filepath.Join(mediaPath, name), append(text, '\n'), 0o644)
+}

@@ -1,0 +1,249 @@
+package agent
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+const (
+	updateFolder = "update" // in stateFolder
+	// updateFallbackDir is for appliances without a data volume; it lasts until the next boot.
+	updateFallbackDir = "/run/holdfast/update"
+
+	// firstCheck is how long after its start the box asks for news, so that a
+	// street that gets its power back does not ask in one moment.
+	firstCheckMin = time.Minute
+	firstCheckMax = 10 * time.Minute
+	// retryMin to retryMax is the pause after a check that failed.
+	retryMin = time.Minute
+	retryMax = 2 * time.Hour
+)
+
+// newUpdater is nil, nil in a release that takes no updates.
+func (s *system) newUpdater() (*Updater, error) {
+	trust, err := os.ReadFile(image.TUFRootPath)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	u := &Updater{
+		Log: s.log, Config: s.app.Update, Trust: trust, BuildTime: time.Unix(s.app.BuildTimeSec, 0),
+		Dir: updateFallbackDir, Slot: partition.Slot(s.initrd.Slot), Root: s.initrd.Verity, Now: time.Now,
+		Device: update.Device{
+			Product: s.app.Name, Channel: s.app.Update.Channel, Arch: runtime.GOARCH, Version: s.app.Version,
+			RootHash: s.initrd.RootHash, Epoch: s.app.Update.Epoch, Hardware: s.app.Update.Hardware,
+		},
+		OpenDisk: func() (*partition.Disk, io.Closer, error) {
+			d, err := openSlots(s.initrd.Disk, s.initrd.Slot)
+			if err != nil {
+				return nil, nil, err
+			}
+			return d.disk, d.dev, nil
+		},
+		Blocked: s.initrd.updateBlocked(),
+	}
+	if len(s.app.Volumes) > 0 {
+		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
+	}
+	if len(s.initrd.Volumes) > 0 {
+		u.Device.ID = s.initrd.Volumes[0].UUID // made at random when the box was provisioned
+	}
+	return u, nil
+}
+
+// updateBlocked: without Secure Boot the key is bound to PCR 4, which another
+// release's UKI changes, and the box would come up at its recovery prompt.
+func (s *Status) updateBlocked() error {
+	if len(s.Volumes) > 0 && slices.Contains(s.SealedPCRs, 4) {
+		return errors.New("Secure Boot is off, so the data volumes are sealed to the boot programs of this release (PCR 4); " +
+			"another release could not open them without the recovery key: enrol the vendor's keys and turn Secure Boot on")
+	}
+	return nil
+}
+
+// webSource is the repository at the spec's URL.
+func (u *Updater) webSource() (update.Source, error) {
+	if u.Config.URL == "" {
+		return nil, errors.New("the release names no repository; bring a bundle, or give a path")
+	}
+	var o update.HTTPOptions
+	if u.Config.CAPEM != "" {
+		o.CAs = x509.NewCertPool()
+		if !o.CAs.AppendCertsFromPEM([]byte(u.Config.CAPEM)) {
+			return nil, errors.New("the release's certificates for the repository cannot be read")
+		}
+	}
+	o.UserAgent = "holdfast-agent " + u.Device.Product + "/" + u.Device.Version
+	return update.NewHTTP(u.Config.URL, o)
+}
+
+// openSource opens what a person names: nothing is the repository, a folder is one
+// too, a file is a bundle.
+func (u *Updater) openSource(path string) (update.Source, io.Closer, error) {
+	if path == "" {
+		src, err := u.webSource()
+		return src, io.NopCloser(nil), err
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	if info.IsDir() {
+		d, err := update.OpenDir(path)
+		return d, d, err
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	b, err := update.OpenBundle(f, info.Size())
+	if err != nil {
+		return nil, nil, errors.Join(err, f.Close())
+	}
+	return b, f, nil
+}
+
+// sourceName is what the journal says of a source.
+func (u *Updater) sourceName(path string) string {
+	if path == "" {
+		return u.Config.URL
+	}
+	return path
+}
+
+// checkFrom and applyFrom are Check and Apply with a path; see openSource.
+func (u *Updater) checkFrom(ctx context.Context, path, want string) error {
+	src, closer, err := u.openSource(path)
+	if err != nil {
+		return err
+	}
+	defer closer.Close()
+	_, err = u.Check(ctx, src, want)
+	return err
+}
+
+func (u *Updater) applyFrom(ctx context.Context, path, want string) (version string, err error) {
+	src, closer, err := u.openSource(path)
+	if err != nil {
+		return "", err
+	}
+	defer closer.Close()
+	return u.Apply(ctx, src, u.sourceName(path), want)
+}
+
+// follow asks the repository for news until ctx ends, and installs them when the
+// spec says so. reboot is called after an installation, when the window allows it.
+func (u *Updater) follow(ctx context.Context, reboot func(version string)) {
+	if u.Config.URL == "" || u.Config.CheckSec == 0 {
+		return
+	}
+	every := time.Duration(u.Config.CheckSec) * time.Second
+	wait := firstCheckMin + rand.N(min(firstCheckMax, every))
+	retry := retryMin
+	for sleep(ctx, wait) {
+		version, err := u.step(ctx)
+		switch {
+		case version != "" && err == nil:
+			u.rebootInWindow(ctx, func() { reboot(version) })
+			fallthrough
+		case err == nil || errors.Is(err, ErrNoUpdate):
+			retry, wait = retryMin, every*9/10+rand.N(every/5+1)
+		default:
+			u.Log.Warn("update", "error", err)
+			wait = retry/2 + rand.N(retry/2)
+			retry = min(2*retry, retryMax)
+		}
+	}
+}
+
+// step is one check; version is what it installed.
+func (u *Updater) step(ctx context.Context) (version string, err error) {
+	if u.Config.Automatic {
+		return u.applyFrom(ctx, "", "")
+	}
+	return "", u.checkFrom(ctx, "", "")
+}
+
+// sleep says whether the time passed before ctx ended.
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// rebootInWindow waits for the time of day that the spec allows.
+func (u *Updater) rebootInWindow(ctx context.Context, reboot func()) {
+	said := false
+	for {
+		now := u.Now().UTC()
+		if inWindow(now.Hour()*60+now.Minute(), u.Config.WindowStartMin, u.Config.WindowEndMin) {
+			reboot()
+			return
+		}
+		if !said {
+			u.Log.Info("the new release waits for the window to restart in", "from_min", u.Config.WindowStartMin, "to_min", u.Config.WindowEndMin)
+			said = true
+		}
+		if !sleep(ctx, 20*time.Second) {
+			return
+		}
+	}
+}
+
+// inWindow: a window may span midnight; one of no length is the whole day.
+func inWindow(minute, start, end int) bool {
+	switch {
+	case start == end:
+		return true
+	case start < end:
+		return minute >= start && minute < end
+	}
+	return minute >= start || minute < end
+}
+
+// settleUpdates says how the last installation ended.
+func (s *system) settleUpdates() {
+	u, err := s.newUpdater()
+	if err != nil {
+		s.problem(fmt.Sprintf("updates: %v", err))
+		return
+	}
+	if u == nil {
+		return
+	}
+	if err := u.Settle(); err != nil {
+		s.problem(fmt.Sprintf("updates: %v", err))
+	}
+	s.updater = u
+}
+
+// updates follows the sources until ctx ends. It begins once the slot that runs is
+// good: before that, the other one may be all that boots.
+func (s *system) updates(ctx context.Context) {
+	if s.updater == nil {
+		return
+	}
+	restart := func(version string) { s.requestPower(true, fmt.Sprintf("to start release %s", version)) }
+	go s.updater.follow(ctx, restart)
+	if s.app.Update.Stick {
+		go s.updater.watchMedia(ctx, s.initrd.Disk, restart)
+	}
+}

@@ -1,0 +1,457 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+// updateTries is how often a new release may boot before the old one is back.
+const updateTries = 3
+
+// Errors of [Updater].
+var (
+	// ErrNoUpdate says that a check found nothing to install.
+	ErrNoUpdate = errors.New("nothing to install")
+	// ErrUpdating says that an installation or check is going on.
+	ErrUpdating = errors.New("an update is being worked on")
+)
+
+// Updater installs releases into the slot that does not run, and keeps the
+// account of it in one folder of the data volume. Fill in the exported fields,
+// call [Updater.Settle] once after the boot, then the rest from any goroutine.
+type Updater struct {
+	Log    *slog.Logger
+	Config image.Update
+	// Trust is the root.json of the release that runs.
+	Trust []byte
+	// Device is what runs, as far as choosing goes; Failed is filled in here.
+	Device update.Device
+	// BuildTime bounds the clock from below.
+	BuildTime time.Time
+	// Dir is the folder on the data volume.
+	Dir string
+	// Slot runs; Root is its dm-verity description.
+	Slot partition.Slot
+	Root image.Verity
+	// OpenDisk opens the disk with the slots.
+	OpenDisk func() (*partition.Disk, io.Closer, error)
+	// Blocked, when not nil, says why this box cannot boot another release.
+	Blocked error
+	Now     func() time.Time
+
+	working sync.Mutex // held over a check or an installation
+
+	mu     sync.Mutex
+	report UpdateStatus // what changes while working
+}
+
+// UpdateStatus is what `holdfast-agent update status --json` prints.
+type UpdateStatus struct {
+	Version string `json:"version"` // that runs
+	Slot    string `json:"slot"`
+	Channel string `json:"channel"`
+	URL     string `json:"url,omitempty"`
+	// Doing is what goes on now, empty for nothing; DoneBytes of TotalBytes are written and read back.
+	Doing      string `json:"doing,omitempty"`
+	DoneBytes  int64  `json:"done_bytes,omitempty"`
+	TotalBytes int64  `json:"total_bytes,omitempty"`
+	// Available is the version that the last check found; LastError why the last work failed.
+	Available string    `json:"available,omitempty"`
+	Notes     string    `json:"notes,omitempty"`
+	LastCheck time.Time `json:"last_check,omitzero"`
+	LastError string    `json:"last_error,omitempty"`
+	// Damaged says that what was known of the repository was lost.
+	Damaged bool `json:"damaged,omitempty"`
+
+	Pending *update.Pending       `json:"pending,omitempty"`
+	Failed  []update.Failed       `json:"failed,omitempty"`
+	Journal []update.JournalEntry `json:"journal,omitempty"` // oldest first
+}
+
+// lines prints what a person wants to know at a glance.
+func (r *UpdateStatus) lines(b *strings.Builder) {
+	if r.Doing != "" {
+		fmt.Fprintf(b, "update    %s", r.Doing)
+		if r.TotalBytes > 0 {
+			fmt.Fprintf(b, ", %d %%", r.DoneBytes*100/r.TotalBytes)
+		}
+		fmt.Fprintln(b)
+	}
+	if p := r.Pending; p != nil {
+		fmt.Fprintf(b, "update    %s in slot %s waits for its boot or its trial\n", p.Version, p.Slot)
+	}
+	if r.LastError != "" {
+		fmt.Fprintf(b, "update    last attempt: %s\n", r.LastError)
+	}
+	for i := len(r.Failed) - 1; i >= 0 && i >= len(r.Failed)-3; i-- {
+		f := r.Failed[i]
+		fmt.Fprintf(b, "FAILED    release %s, %s: %s\n", f.Version, f.Time.UTC().Format(time.RFC3339), f.Reason)
+	}
+}
+
+// WriteTo prints the status for a person.
+func (r *UpdateStatus) WriteTo(w io.Writer) (int64, error) {
+	var b strings.Builder
+	fmt.Fprintf(&b, "running   %s in slot %s, channel %s\n", r.Version, r.Slot, orNone(r.Channel))
+	fmt.Fprintf(&b, "source    %s\n", orNone(r.URL))
+	if !r.LastCheck.IsZero() {
+		fmt.Fprintf(&b, "checked   %s, available: %s\n", r.LastCheck.Format(time.RFC3339), orNone(r.Available))
+	}
+	if r.Notes != "" {
+		fmt.Fprintf(&b, "notes     %s\n", strings.ReplaceAll(strings.TrimSpace(r.Notes), "\n", "\n          "))
+	}
+	r.lines(&b)
+	for _, e := range r.Journal {
+		fmt.Fprintf(&b, "%s  %-9s %s → %s", e.Time.UTC().Format(time.RFC3339), e.Result, orNone(e.From), orNone(e.To))
+		if e.Source != "" {
+			fmt.Fprintf(&b, " from %s, %d bytes in %d s", e.Source, e.FetchedBytes, e.Seconds)
+		}
+		if e.Reason != "" {
+			fmt.Fprintf(&b, ": %s", e.Reason)
+		}
+		fmt.Fprintln(&b)
+	}
+	n, err := io.WriteString(w, b.String())
+	return int64(n), err
+}
+
+// reserveBytes are kept in the folder and given back while there is work to do,
+// so that a full data volume does not keep the box from the release that fixes it.
+const reserveBytes = 512 << 10
+
+func (u *Updater) reservePath() string { return filepath.Join(u.Dir, "reserve") }
+
+// reserve takes the space again. When there is none, the next time will do.
+func (u *Updater) reserve() {
+	if info, err := os.Stat(u.reservePath()); err == nil && info.Size() == reserveBytes {
+		return
+	}
+	if err := os.WriteFile(u.reservePath(), make([]byte, reserveBytes), 0o600); err != nil {
+		os.Remove(u.reservePath())
+	}
+}
+
+// state changes what is remembered. A volume that does not take it is reported
+// and is no reason to stop: the slots' own entries decide what boots.
+func (u *Updater) state(change func(*update.State)) *update.State {
+	s, err := update.LoadState(u.Dir, u.Now())
+	if err != nil {
+		u.Log.Warn("update state", "error", err)
+	}
+	if change != nil {
+		change(s)
+		err := s.Save(u.Dir)
+		if errors.Is(err, unix.ENOSPC) {
+			os.Remove(u.reservePath())
+			err = s.Save(u.Dir)
+		}
+		if err != nil {
+			u.Log.Warn("update state not kept", "error", err)
+		}
+	}
+	return s
+}
+
+// Status is the state with what is going on.
+func (u *Updater) Status() UpdateStatus {
+	s := u.state(nil)
+	u.mu.Lock()
+	out := u.report
+	u.mu.Unlock()
+	out.Version, out.Slot, out.Channel, out.URL = u.Device.Version, string(u.Slot), u.Config.Channel, u.Config.URL
+	out.Pending, out.Failed, out.Journal = s.Pending, s.Failed, s.Journal
+	return out
+}
+
+func (u *Updater) set(change func(*UpdateStatus)) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	change(&u.report)
+}
+
+// Settle says how the last installation ended, from what boots now: the entries
+// of the disk are the truth, the state is the memory of why. Call it before the
+// slot that runs is judged.
+func (u *Updater) Settle() error {
+	if err := os.MkdirAll(u.Dir, 0o700); err != nil {
+		return fmt.Errorf("folder for updates: %w", err)
+	}
+	defer u.reserve()
+	p := u.state(nil).Pending
+	if p == nil {
+		return nil
+	}
+	disk, closer, err := u.OpenDisk()
+	if err != nil {
+		return err
+	}
+	defer closer.Close()
+	entries, err := disk.Entries()
+	if err != nil {
+		return err
+	}
+	i := slices.IndexFunc(entries, func(e partition.Entry) bool {
+		return string(e.Slot) == p.Slot && e.Sequence == p.Sequence && e.RootHash == p.RootHash
+	})
+	running := string(u.Slot) == p.Slot && u.Root.RootHash == p.RootHash
+	switch {
+	case i < 0 && !running:
+		// Cut off before the slot could boot: nothing happened, and the next attempt goes on from there.
+		u.Log.Info("the last installation was cut off", "version", p.Version, "slot", p.Slot)
+	case running && (i < 0 || entries[i].Good()):
+		u.Commit()
+	case running:
+		// on trial; the caller judges
+	case entries[i].Bad() || entries[i].Damage != nil:
+		u.fellBack(p)
+	default:
+		u.Log.Info("a release waits for its first boot", "version", p.Version, "slot", p.Slot)
+	}
+	return nil
+}
+
+// silent is the reason when a release left none.
+const silent = "none of its boots came so far as to say why: a panic, the watchdog, or power lost"
+
+func (u *Updater) fellBack(p *update.Pending) {
+	reason := p.Reason
+	if reason == "" {
+		reason = silent
+	}
+	u.Log.Warn("fell back", "version", p.Version, "reason", reason)
+	u.state(func(s *update.State) {
+		s.Pending = nil
+		s.Fail(update.Failed{Version: p.Version, RootHash: p.RootHash, Reason: reason, Time: u.Now()})
+		s.Log(update.JournalEntry{Time: u.Now(), From: p.Version, To: u.Device.Version, Result: update.FellBack, Reason: reason})
+	})
+}
+
+// Commit notes that the release that runs was blessed.
+func (u *Updater) Commit() {
+	u.state(func(s *update.State) {
+		if p := s.Pending; p != nil && p.RootHash == u.Root.RootHash {
+			s.Pending = nil
+			s.Log(update.JournalEntry{Time: u.Now(), To: p.Version, Result: update.Committed})
+		}
+	})
+}
+
+// TrialFailed notes, in the release on trial, why it is left; the old one reports it.
+func (u *Updater) TrialFailed(reason error) {
+	u.state(func(s *update.State) {
+		if p := s.Pending; p != nil && p.RootHash == u.Root.RootHash {
+			p.SetReason(reason.Error())
+		}
+	})
+}
+
+// Check asks a source what there is for this box; want, when set, is the one
+// version a person asked for. Nothing for it is ErrNoUpdate, with the reasons.
+func (u *Updater) Check(ctx context.Context, src update.Source, want string) (*update.Candidate, error) {
+	if !u.working.TryLock() {
+		return nil, ErrUpdating
+	}
+	defer u.working.Unlock()
+	return u.check(ctx, src, want)
+}
+
+func (u *Updater) check(ctx context.Context, src update.Source, want string) (_ *update.Candidate, err error) {
+	u.set(func(r *UpdateStatus) { r.Doing, r.LastError = "checking", "" })
+	defer func() {
+		u.set(func(r *UpdateStatus) {
+			r.Doing, r.LastCheck = "", u.Now().UTC()
+			if err != nil && !errors.Is(err, ErrNoUpdate) {
+				r.LastError = err.Error()
+			}
+		})
+	}()
+	s := u.state(nil)
+	if err := os.Remove(u.reservePath()); err == nil {
+		defer u.reserve()
+	}
+	client, err := update.New(update.Options{
+		Root: u.Trust, StateDir: u.Dir, Source: src, Expiry: update.LenientCarried,
+		Now: update.ReferenceTime(u.Now(), u.BuildTime, s.NewestVerified, s.LastSeen),
+	})
+	if err != nil {
+		return nil, err
+	}
+	d := u.Device
+	d.Want, d.Failed = want, s.FailedHashes()
+	answer, err := client.Check(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	u.state(func(s *update.State) { s.Checked(answer) })
+	u.set(func(r *UpdateStatus) {
+		r.Damaged = r.Damaged || answer.Damaged
+		r.Available, r.Notes = "", ""
+		if c := answer.Candidate; c != nil {
+			r.Available, r.Notes = c.Release.Manifest.Version, c.Release.Notes
+		}
+	})
+	if answer.Candidate == nil {
+		return nil, fmt.Errorf("%w: %s", ErrNoUpdate, explain(answer, d))
+	}
+	return answer.Candidate, nil
+}
+
+// explain says why nothing was chosen: of the newest release that is for this product.
+func explain(a *update.Answer, d update.Device) string {
+	for _, s := range a.Skipped {
+		if s.Target.Product == d.Product && s.Target.Channel == d.Channel && s.Target.Arch == d.Arch {
+			return fmt.Sprintf("version %s: %s", s.Target.Version, s.Reason)
+		}
+	}
+	if len(a.Skipped) > 0 {
+		return fmt.Sprintf("%s: %s", a.Skipped[0].Name, a.Skipped[0].Reason)
+	}
+	return "there is no release in channel " + d.Channel
+}
+
+// Apply checks a source and installs what it has; name says where from. The box
+// has to boot for it to take effect.
+func (u *Updater) Apply(ctx context.Context, src update.Source, name, want string) (version string, err error) {
+	if !u.working.TryLock() {
+		return "", ErrUpdating
+	}
+	defer u.working.Unlock()
+	began := u.Now()
+	c, err := u.check(ctx, src, want)
+	if errors.Is(err, ErrNoUpdate) {
+		return "", err
+	}
+	entry := update.JournalEntry{From: u.Device.Version, Source: name, Result: update.Refused}
+	if err == nil {
+		version = c.Release.Manifest.Version
+		entry.To = version
+		entry.FetchedBytes, err = u.install(ctx, c)
+	}
+	entry.Time, entry.Seconds = u.Now(), int64(u.Now().Sub(began).Seconds())
+	if err != nil {
+		u.set(func(r *UpdateStatus) { r.LastError = err.Error() })
+		entry.Reason = err.Error()
+		if worthKeeping(err) {
+			u.state(func(s *update.State) { logOnce(s, entry) })
+		}
+		return version, err
+	}
+	entry.Result = update.Applied
+	u.state(func(s *update.State) { s.Log(entry) })
+	u.Log.Info("installed", "version", version, "slot", u.Slot.Other(), "from", name, "fetched_bytes", entry.FetchedBytes, "seconds", entry.Seconds)
+	return version, nil
+}
+
+// worthKeeping: a network that is away every night would push all else out of the journal.
+func worthKeeping(err error) bool {
+	for _, e := range []error{update.ErrUntrusted, update.ErrExpired, update.ErrOlder, errUnfit} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// logOnce leaves out what the last entry says already.
+func logOnce(s *update.State, e update.JournalEntry) {
+	if n := len(s.Journal); n > 0 {
+		last := s.Journal[n-1]
+		if last.Result == e.Result && last.Reason == e.Reason && last.To == e.To {
+			return
+		}
+	}
+	s.Log(e)
+}
+
+// errUnfit marks a release that this box cannot take as it is.
+var errUnfit = errors.New("this box cannot take it")
+
+// install writes the other slot. All that can be known beforehand is checked
+// before the first write.
+func (u *Updater) install(ctx context.Context, c *update.Candidate) (fetchedBytes int64, err error) {
+	if u.Blocked != nil {
+		return 0, fmt.Errorf("%w: %w", errUnfit, u.Blocked)
+	}
+	version := c.Release.Manifest.Version
+	u.set(func(r *UpdateStatus) { r.Doing = "installing " + version })
+	defer u.set(func(r *UpdateStatus) { r.Doing, r.DoneBytes, r.TotalBytes = "", 0, 0 })
+	disk, closer, err := u.OpenDisk()
+	if err != nil {
+		return 0, err
+	}
+	defer closer.Close()
+	other := u.Slot.Other()
+	root, err := u.rebuild(ctx, c, disk)
+	if err != nil {
+		return 0, err
+	}
+	contents, err := c.Contents(ctx, root.open)
+	if err != nil {
+		return 0, err
+	}
+	plan, err := disk.PlanSlot(other, contents, partition.WriteOptions{Tries: updateTries, Running: u.Slot, Time: u.Now(), SkipEqual: true})
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", errUnfit, err)
+	}
+	u.state(func(s *update.State) {
+		s.Pending = &update.Pending{Slot: string(other), Version: version, RootHash: u.rootHash(c), Sequence: plan.Sequence(), Since: u.Now().UTC()}
+	})
+	u.Log.Info("installing", "version", version, "slot", other, "by", root.source, "fetch_bytes", root.fetchBytes)
+	reported := u.Now()
+	err = plan.Apply(ctx, func(done, total int64) {
+		u.set(func(r *UpdateStatus) { r.DoneBytes, r.TotalBytes = done, total })
+		if now := u.Now(); now.Sub(reported) >= progressTime {
+			reported = now
+			u.Log.Info("installing", "version", version, "percent", done*100/max(total, 1))
+		}
+	})
+	return root.fetchBytes, err
+}
+
+// progressTime is how often the console says how far an installation is.
+const progressTime = 5 * time.Second
+
+func (u *Updater) rootHash(c *update.Candidate) string { return c.Release.Manifest.Verity.RootHash }
+
+// rebuilt is how the new root comes about.
+type rebuilt struct {
+	open       func() (io.ReadCloser, error)
+	source     string
+	fetchBytes int64
+}
+
+// rebuild settles how the new root comes about; see [update.Candidate.Rebuild].
+func (u *Updater) rebuild(ctx context.Context, c *update.Candidate, disk *partition.Disk) (rebuilt, error) {
+	on := update.Local{OldVerity: u.Root}
+	for slot, into := range map[partition.Slot]*io.ReaderAt{u.Slot: &on.Old, u.Slot.Other(): &on.Target} {
+		device, part, err := disk.Partition(slot.Partition())
+		if err != nil {
+			return rebuilt{}, err
+		}
+		// A slot that is too small is refused by the plan, which says so better.
+		if part.SizeBytes >= c.Release.Manifest.Verity.TotalBytes || slot == u.Slot {
+			*into = device
+		}
+	}
+	r, err := c.Rebuild(ctx, on)
+	if err != nil {
+		return rebuilt{}, err
+	}
+	open := func() (io.ReadCloser, error) { return r.Open(ctx) }
+	return rebuilt{open, string(r.Stats().Source), r.Stats().BytesToFetch}, nil
+}
