@@ -1,0 +1,468 @@
+// Package delta rebuilds a release's root image on the device from as few fetched
+// bytes as possible.
+//
+// A root image is DataBlocks blocks of EROFS, then the dm-verity superblock and tree
+// (package image/verity). A vendor publishes three kinds of blob, which package deltamake
+// (folder make) writes:
+//
+//   - the tree: superblock and hash tree verbatim;
+//   - the pack: all of the data as independent zstd frames with a seek table, the
+//     zstd seekable format, so that zstd -d unpacks it;
+//   - patches: the blocks that one older root does not have, as zstd frames whose
+//     dictionaries are ranges of that root, and what makes the new tree of the old one.
+//
+// [New] gets the tree and decides for every data block where it comes from: the
+// slot to be written, if it is there already (a power cut, an earlier attempt); the
+// running slot, at whatever place, found by its hash; or a frame of a patch or of
+// the pack. It reports what that costs and fetches no content. [Rebuild.Open] then
+// streams the image in order. Whatever does not have its hash, or cannot be read,
+// is taken from the pack instead.
+//
+// Every block is checked against the tree, and the tree against the root hash,
+// before it is handed out, so blobs, servers and slots need no trust: they can make
+// an update fail, not make it wrong. The root hash must come from a signed place.
+// Memory is bounded by named limits: the trees (1/127 of the images, the old one only
+// while planning), 17 bytes a block while planning and 5 later, and less than 20 MiB of
+// buffers. That is below 64 MB for roots of 2.5 GiB; 6 GiB is the most that is accepted.
+//
+// Only one salt for all releases of a product makes old blocks findable.
+package delta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/holdfast-os/holdfast/image"
+)
+
+// Limits of the formats and of this package.
+const (
+	// BlockSize is the size of a block in bytes.
+	BlockSize = 4096
+	// MaxFrameBlocks is how many blocks one frame holds.
+	MaxFrameBlocks = 256
+	// MinFrameBlocks is how many all frames but the last hold at least; it bounds indexes.
+	MinFrameBlocks = 8
+	// MaxDictBlocks is how many old blocks the dictionary of one frame has.
+	MaxDictBlocks = 2048
+
+	maxFrameBytes = MaxFrameBlocks * BlockSize
+	maxCompressed = maxFrameBytes + maxFrameBytes/256 + 64 // what zstd makes of noise
+	maxTreeBytes  = 48 << 20
+)
+
+// Fetcher reads a range of a blob. The reader gives at least length bytes; more are
+// not read. It is closed after use. Both the call and the reader give up when ctx ends.
+type Fetcher func(ctx context.Context, offset, length int64) (io.ReadCloser, error)
+
+// Blob is something that can be fetched. The zero value is a blob that there is not.
+type Blob struct {
+	SizeBytes int64
+	Fetch     Fetcher
+}
+
+// Source says which blob the missing blocks come from.
+type Source string
+
+// The sources. With SourceIndex the old slot has some of the blocks, with SourcePack none.
+const (
+	SourcePatch Source = "patch"
+	SourceIndex Source = "index"
+	SourcePack  Source = "pack"
+)
+
+// Options say what to rebuild and what there is to do it with.
+type Options struct {
+	// Verity is the new image, from a signed place.
+	Verity image.Verity
+	// Tree is not fetched if the target has the tree or the patch fits.
+	Tree Blob
+	// Pack may be missing if there is a patch, but then nothing can be repaired.
+	Pack Blob
+	// Patch is used if it fits; leave it out to see what it costs without.
+	Patch Blob
+	// Old is the running slot, of which OldVerity was booted. It may be nil.
+	Old       io.ReaderAt
+	OldVerity image.Verity
+	// Target is the slot to be written, as far as it is readable. It may be nil. Whoever
+	// writes it writes in order and only what was read from the stream.
+	Target io.ReaderAt
+}
+
+// Stats say what a rebuild takes.
+type Stats struct {
+	Source Source
+	// BytesToFetch are still to be fetched if nothing turns out to be damaged.
+	BytesToFetch int64
+	// BytesCopied and BytesInPlace are bytes of data from the old slot and already in the target.
+	BytesCopied, BytesInPlace int64
+	// OldUnused and PatchUnused tell why one that was offered is not used.
+	OldUnused, PatchUnused error
+}
+
+// Rebuild is a settled plan. Its methods may be called from several goroutines.
+type Rebuild struct {
+	o       Options
+	tree    *Tree
+	copyOf  []uint32 // old block of each new block, or noBlock
+	inPlace []bool
+	from    *frames // of the patch or of the pack; nil if nothing is missing
+	stats   Stats
+	fetched atomic.Int64
+
+	packOnce sync.Mutex
+	pack     *frames
+}
+
+// noBlock stands for a block that the old image does not have.
+const noBlock = 1<<32 - 1
+
+// New gets the tree and the index of the patch or the pack, and settles where each
+// block comes from. If there is a target, it is read from end to end.
+//
+// It fails if the tree does not have the root hash, or if blocks are missing and
+// neither blob fits. A broken old slot or patch is not an error; see [Stats].
+func New(ctx context.Context, o Options) (*Rebuild, error) {
+	if _, err := treeBytes(o.Verity); err != nil {
+		return nil, fmt.Errorf("rebuild root: %w", err)
+	}
+	p := planner{Rebuild: &Rebuild{o: o}}
+	r := p.Rebuild
+	if o.Old != nil {
+		if p.old, r.stats.OldUnused = r.readOld(); r.stats.OldUnused != nil {
+			p.old = nil
+		}
+	}
+	if err := p.loadTree(ctx); err != nil {
+		return nil, fmt.Errorf("rebuild root: %w", err)
+	}
+	r.inPlace = make([]bool, r.tree.blocks)
+	if o.Target != nil {
+		if err := r.checkTarget(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if p.old != nil {
+		r.copyOf = Match(p.old, r.tree)
+	} else {
+		r.copyOf = slices.Repeat([]uint32{noBlock}, int(r.tree.blocks))
+	}
+	r.count()
+	if err := p.choose(ctx); err != nil {
+		return nil, fmt.Errorf("rebuild root: %w", err)
+	}
+	return r, nil
+}
+
+// planner has what only planning needs.
+type planner struct {
+	*Rebuild
+	old   *Tree // nil if it cannot be used
+	tried bool  // to load the patch
+	head  patchHeader
+	patch *PatchIndex
+}
+
+// Stats say what the rebuild takes.
+func (r *Rebuild) Stats() Stats { return r.stats }
+
+// Fetched is the number of bytes fetched so far, by New and by all streams.
+func (r *Rebuild) Fetched() int64 { return r.fetched.Load() }
+
+// readOld reads the tree of the old image, which is trusted no more than the rest of
+// the old slot.
+func (r *Rebuild) readOld() (*Tree, error) {
+	v := r.o.OldVerity
+	if _, err := treeBytes(v); err != nil {
+		return nil, fmt.Errorf("old image: %w", err)
+	}
+	if v.Salt != r.o.Verity.Salt {
+		return nil, errors.New("the old image has another salt, so its blocks have other hashes")
+	}
+	t, err := ReadTree(io.NewSectionReader(r.o.Old, v.DataBlocks*BlockSize, v.TotalBytes-v.DataBlocks*BlockSize), v)
+	if err != nil {
+		return nil, fmt.Errorf("old image: %w", err)
+	}
+	return t, nil
+}
+
+// loadTree takes the tree from the target if it is complete there, makes it with the
+// patch if that fits, and fetches it otherwise.
+func (p *planner) loadTree(ctx context.Context) error {
+	v := p.o.Verity
+	dataBytes := v.DataBlocks * BlockSize
+	var err error
+	if p.o.Target != nil {
+		if p.tree, err = ReadTree(io.NewSectionReader(p.o.Target, dataBytes, v.TotalBytes-dataBytes), v); err == nil {
+			return nil
+		}
+	}
+	if p.loadPatch(ctx); p.patch != nil {
+		hashes, err := p.read(ctx, p.o.Patch, p.head.hashesAt(), int64(p.head.Blocks)*hashBytes)
+		if err != nil {
+			return fmt.Errorf("fetch hashes of the patch: %w", err)
+		}
+		if p.tree, err = treeFromRuns(p.old, p.patch.Runs, hashes, v); err == nil {
+			return nil
+		}
+		p.patch, p.stats.PatchUnused = nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if p.tree, err = p.fetchTree(ctx, v.TotalBytes-dataBytes); err != nil {
+		return errors.Join(fmt.Errorf("fetch tree: %w", err), p.stats.PatchUnused)
+	}
+	return nil
+}
+
+func (r *Rebuild) fetchTree(ctx context.Context, size int64) (t *Tree, err error) {
+	if r.o.Tree.Fetch == nil {
+		return nil, errors.New("there is no tree blob")
+	}
+	if r.o.Tree.SizeBytes != size {
+		return nil, fmt.Errorf("the blob has %d bytes, not %d", r.o.Tree.SizeBytes, size)
+	}
+	body, err := r.open(ctx, r.o.Tree, 0, size)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, body.Close()) }()
+	return ReadTree(body, r.o.Verity)
+}
+
+// checkTarget finds the blocks that are in place already. What cannot be read is not.
+func (r *Rebuild) checkTarget(ctx context.Context) error {
+	const batch = 64
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), 4) {
+		wg.Go(func() {
+			h, buf := r.tree.newHasher(), make([]byte, batch*BlockSize)
+			for ctx.Err() == nil {
+				first := next.Add(batch) - batch
+				if first >= r.tree.blocks {
+					return
+				}
+				n, _ := r.o.Target.ReadAt(buf[:min(batch, r.tree.blocks-first)*BlockSize], first*BlockSize)
+				for i := range int64(n / BlockSize) {
+					r.inPlace[first+i] = h.valid(first+i, buf[i*BlockSize:(i+1)*BlockSize])
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return ctx.Err()
+}
+
+func (r *Rebuild) count() {
+	for i, from := range r.copyOf {
+		switch {
+		case r.inPlace[i]:
+			r.stats.BytesInPlace += BlockSize
+		case from != noBlock:
+			r.stats.BytesCopied += BlockSize
+		}
+	}
+}
+
+// choose settles on the patch, where it fits, or the pack.
+func (p *planner) choose(ctx context.Context) (err error) {
+	r := p.Rebuild
+	r.stats.Source = SourcePack
+	if slices.ContainsFunc(r.copyOf, func(b uint32) bool { return b != noBlock }) {
+		r.stats.Source = SourceIndex
+	}
+	missing := r.missing()
+	if missing == 0 {
+		return nil
+	}
+	if p.loadPatch(ctx); p.patch != nil {
+		if r.from, r.stats.PatchUnused = p.patchFrames(); r.stats.PatchUnused == nil {
+			r.stats.Source = SourcePatch
+			r.stats.BytesToFetch = r.from.need(r.patchNeeds())
+			return nil
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if r.from, err = r.loadPack(ctx); err != nil {
+		return fmt.Errorf("%d blocks are missing: %w", missing, errors.Join(err, r.stats.PatchUnused))
+	}
+	r.stats.BytesToFetch = r.from.need(func(yield func(uint32) bool) {
+		for i, from := range r.copyOf {
+			if from == noBlock && !r.inPlace[i] && !yield(uint32(i)) {
+				return
+			}
+		}
+	})
+	return nil
+}
+
+func (r *Rebuild) missing() (n int64) {
+	for i, from := range r.copyOf {
+		if from == noBlock && !r.inPlace[i] {
+			n++
+		}
+	}
+	return n
+}
+
+// patchNeeds yields those of the patch's blocks that are not in place. The patch has
+// the blocks that are not in the old image, in order, and numbers them from 0.
+func (r *Rebuild) patchNeeds() func(func(uint32) bool) {
+	return func(yield func(uint32) bool) {
+		ordinal := uint32(0)
+		for i, from := range r.copyOf {
+			if from != noBlock {
+				continue
+			}
+			if !r.inPlace[i] && !yield(ordinal) {
+				return
+			}
+			ordinal++
+		}
+	}
+}
+
+// loadPatch fetches and checks the patch's header and index, once.
+func (p *planner) loadPatch(ctx context.Context) {
+	if p.tried || p.o.Patch.Fetch == nil {
+		return
+	}
+	p.tried = true
+	p.patch, p.stats.PatchUnused = p.fetchPatch(ctx)
+}
+
+func (p *planner) fetchPatch(ctx context.Context) (*PatchIndex, error) {
+	if p.old == nil {
+		return nil, errors.New("patch: there is no old image that it could apply to")
+	}
+	head, err := p.read(ctx, p.o.Patch, 0, patchHeaderBytes)
+	if err != nil {
+		return nil, fmt.Errorf("fetch patch header: %w", err)
+	}
+	if p.head, err = decodePatchHeader(head); err != nil {
+		return nil, err
+	}
+	switch to := hexHash(p.o.Verity.RootHash); {
+	case p.head.From != p.old.root:
+		return nil, fmt.Errorf("patch applies to root %x, the old image is %x", p.head.From, p.old.root)
+	case p.head.To != to || int64(p.head.DataBlocks) != p.o.Verity.DataBlocks:
+		return nil, fmt.Errorf("patch leads to root %x of %d blocks, not to %x", p.head.To, p.head.DataBlocks, to)
+	}
+	index, err := p.read(ctx, p.o.Patch, patchHeaderBytes, int64(p.head.IndexBytes))
+	if err != nil {
+		return nil, fmt.Errorf("fetch patch index: %w", err)
+	}
+	x, err := decodePatchIndex(p.head, index)
+	if err != nil {
+		return nil, err
+	}
+	return &x, nil
+}
+
+// patchFrames places the patch's frames, if it has the blocks that are not in the old
+// image: which these are must not depend on the patch.
+func (p *planner) patchFrames() (*frames, error) {
+	fresh := uint32(0)
+	for _, from := range p.copyOf {
+		if from == noBlock {
+			fresh++
+		}
+	}
+	if p.head.Blocks != fresh {
+		return nil, fmt.Errorf("patch has %d blocks, %d are not in the old image", p.head.Blocks, fresh)
+	}
+	return p.patch.frames(p.o.Patch, p.head.hashesAt()+int64(p.head.Blocks)*hashBytes, p.old.blocks)
+}
+
+// loadPack reads the pack's index once.
+func (r *Rebuild) loadPack(ctx context.Context) (*frames, error) {
+	r.packOnce.Lock()
+	defer r.packOnce.Unlock()
+	if r.pack != nil {
+		return r.pack, nil
+	}
+	if r.o.Pack.Fetch == nil {
+		return nil, errors.New("there is no pack to take them from")
+	}
+	size := r.o.Pack.SizeBytes
+	// One entry for 32 blocks is about what there is; if it is not enough the rest is fetched.
+	tail, err := r.tail(ctx, min(size, seekFooterBytes+8+r.tree.blocks/32*seekEntryBytes))
+	if err != nil {
+		return nil, fmt.Errorf("fetch pack index: %w", err)
+	}
+	need, err := seekTableBytes(tail, r.tree.blocks)
+	if err != nil {
+		return nil, err
+	}
+	if need > size {
+		return nil, fmt.Errorf("pack index: %d bytes in a pack of %d", need, size)
+	}
+	if need > int64(len(tail)) {
+		if tail, err = r.tail(ctx, need); err != nil {
+			return nil, fmt.Errorf("fetch pack index: %w", err)
+		}
+	}
+	t, err := DecodeSeekTable(tail[int64(len(tail))-need:], r.tree.blocks)
+	if err != nil {
+		return nil, err
+	}
+	r.pack, err = t.frames(r.o.Pack, need)
+	return r.pack, err
+}
+
+func (r *Rebuild) tail(ctx context.Context, n int64) ([]byte, error) {
+	return r.read(ctx, r.o.Pack, r.o.Pack.SizeBytes-n, n)
+}
+
+// read fetches a small range; who calls it has checked the length.
+func (r *Rebuild) read(ctx context.Context, b Blob, offset, length int64) (data []byte, err error) {
+	body, err := r.open(ctx, b, offset, length)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, body.Close()) }()
+	data = make([]byte, length)
+	if n, err := io.ReadFull(body, data); err != nil {
+		return nil, fmt.Errorf("bytes %d to %d: got %d: %w", offset, offset+length, n, err)
+	}
+	return data, nil
+}
+
+// open fetches a range and counts what is read of it.
+func (r *Rebuild) open(ctx context.Context, b Blob, offset, length int64) (io.ReadCloser, error) {
+	if offset < 0 || length < 0 || offset > b.SizeBytes || length > b.SizeBytes-offset {
+		return nil, fmt.Errorf("bytes %d to %d of a blob of %d", offset, offset+length, b.SizeBytes)
+	}
+	body, err := b.Fetch(ctx, offset, length)
+	if err != nil {
+		return nil, err
+	}
+	return &counted{body, length, &r.fetched}, nil
+}
+
+// counted reads no more than was asked for.
+type counted struct {
+	io.ReadCloser
+	left int64
+	n    *atomic.Int64
+}
+
+func (c *counted) Read(p []byte) (int, error) {
+	if c.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := c.ReadCloser.Read(p[:min(int64(len(p)), c.left)])
+	c.left -= int64(n)
+	c.n.Add(int64(n))
+	return n, err
+}

@@ -1,0 +1,437 @@
+package delta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+	"sort"
+)
+
+const (
+	batchBlocks = 64 // checked and handed out at a time
+	// maxRequest bounds one range request, so that a broken connection loses little.
+	maxRequest = 8 << 20
+	// maxGap is fetched and thrown away rather than making another request for what is behind it.
+	maxGap = 4 << 10
+	// prefetched frames wait for the decoder.
+	prefetched = 3
+)
+
+// frames are those of one blob, numbered by the blocks they hold: a pack's by their
+// place in the image, a patch's by counting.
+type frames struct {
+	blob   Blob
+	source Source
+	all    []frame
+	needed []int // indices into all, ascending
+}
+
+type frame struct {
+	Frame
+	first  uint32
+	offset int64 // in the blob
+}
+
+// lay places frames one behind the other from offset on; they must end where the blob's
+// last trailer bytes begin.
+func lay(blob Blob, source Source, list []Frame, offset, trailer int64) (*frames, error) {
+	f := &frames{blob: blob, source: source, all: make([]frame, len(list))}
+	first := uint32(0)
+	for i, x := range list {
+		f.all[i] = frame{x, first, offset}
+		first += x.Blocks
+		offset += int64(x.SizeBytes)
+	}
+	if offset+trailer != blob.SizeBytes {
+		return nil, fmt.Errorf("%s index: its frames end at byte %d, the blob has %d with a trailer of %d", source, offset, blob.SizeBytes, trailer)
+	}
+	return f, nil
+}
+
+func (t SeekTable) frames(blob Blob, tableBytes int64) (*frames, error) {
+	return lay(blob, SourcePack, t, 0, tableBytes)
+}
+
+func (p PatchIndex) frames(blob Blob, offset, oldBlocks int64) (*frames, error) {
+	for i, f := range p.Frames {
+		for _, s := range f.Dict {
+			if int64(s.First)+int64(s.Blocks) > oldBlocks {
+				return nil, fmt.Errorf("patch index: frame %d needs %d blocks from %d, the old image has %d", i, s.Blocks, s.First, oldBlocks)
+			}
+		}
+	}
+	return lay(blob, SourcePatch, p.Frames, offset, 0)
+}
+
+// find is the index of the frame that holds a block.
+func (f *frames) find(number uint32) int {
+	return sort.Search(len(f.all), func(i int) bool { return f.all[i].first > number }) - 1
+}
+
+// need notes the frames of the given blocks, which ascend, and counts the bytes that
+// fetching them takes.
+func (f *frames) need(blocks iter.Seq[uint32]) (bytes int64) {
+	end := uint32(0)
+	for b := range blocks {
+		if b < end {
+			continue
+		}
+		i := f.find(b)
+		f.needed = append(f.needed, i)
+		end = f.all[i].first + f.all[i].Blocks
+	}
+	for rest := f.needed; len(rest) > 0; {
+		n, length := f.request(rest)
+		bytes += length
+		rest = rest[n:]
+	}
+	return bytes
+}
+
+// request says how many of the wanted frames one range holds and how long it is.
+func (f *frames) request(wanted []int) (n int, length int64) {
+	from := f.all[wanted[0]].offset
+	for _, i := range wanted {
+		start, end := f.all[i].offset, f.all[i].offset+int64(f.all[i].SizeBytes)
+		if n > 0 && (start-from-length > maxGap || end-from > maxRequest) {
+			break
+		}
+		n, length = n+1, end-from
+	}
+	return n, length
+}
+
+// packed is a frame as it was fetched. After an error nothing follows.
+type packed struct {
+	frame *frame
+	data  []byte
+	err   error
+}
+
+// fetch sends the needed frames in order until the context ends. Buffers come back
+// through free.
+func (r *Rebuild) fetch(ctx context.Context, out chan<- packed, free <-chan []byte) {
+	defer close(out)
+	send := func(p packed) bool {
+		select {
+		case out <- p:
+			return p.err == nil
+		case <-ctx.Done():
+			return false
+		}
+	}
+	for rest := r.from.needed; len(rest) > 0; {
+		n, length := r.from.request(rest)
+		if !r.fetchRange(ctx, rest[:n], length, send, free) {
+			return
+		}
+		rest = rest[n:]
+	}
+}
+
+func (r *Rebuild) fetchRange(ctx context.Context, wanted []int, length int64, send func(packed) bool, free <-chan []byte) bool {
+	at := r.from.all[wanted[0]].offset
+	fail := func(err error) bool {
+		return send(packed{err: fmt.Errorf("fetch bytes %d to %d of the %s: %w", at, at+length, r.from.source, err)})
+	}
+	body, err := r.open(ctx, r.from.blob, at, length)
+	if err != nil {
+		return fail(err)
+	}
+	// Reading went well or its error is told; that closing fails changes nothing.
+	defer func() { _ = body.Close() }()
+	for _, i := range wanted {
+		f := &r.from.all[i]
+		if _, err := io.CopyN(io.Discard, body, f.offset-at); err != nil {
+			return fail(err)
+		}
+		at = f.offset
+		var buf []byte
+		select {
+		case buf = <-free:
+		case <-ctx.Done():
+			return false
+		}
+		buf = slices.Grow(buf[:0], int(f.SizeBytes))[:f.SizeBytes]
+		if _, err := io.ReadFull(body, buf); err != nil {
+			return fail(err)
+		}
+		at += int64(f.SizeBytes)
+		if !send(packed{frame: f, data: buf}) {
+			return false
+		}
+	}
+	return true
+}
+
+// stream hands the image out.
+type stream struct {
+	r      *Rebuild
+	ctx    context.Context
+	cancel context.CancelFunc
+	hash   *hasher
+
+	have    []byte // checked, not handed out yet
+	batch   []byte
+	next    int64  // block
+	ordinal uint32 // of the next block that the patch counts
+	tail    bool   // the tree has been handed out
+	err     error
+
+	in   <-chan packed
+	free chan []byte
+
+	plain, withDict decoder
+	dict            []byte
+	current         *frame
+	content         []byte // of current; empty if it could not be unpacked
+	broken          error  // why
+
+	repaired *frame
+	spare    []byte // content of repaired
+}
+
+// Open starts a stream of the whole image, TotalBytes of it, in order. Reading it
+// gives only bytes that are right; an error names the block and where it should have
+// come from. It must be closed, and ends with the context.
+func (r *Rebuild) Open(ctx context.Context) (io.ReadCloser, error) {
+	plain, err := newDecoder(maxFrameBytes)
+	if err != nil {
+		return nil, fmt.Errorf("rebuild root: %w", err)
+	}
+	withDict, err := newDecoder(maxFrameBytes)
+	if err != nil {
+		return nil, fmt.Errorf("rebuild root: %w", err)
+	}
+	s := &stream{r: r, hash: r.tree.newHasher(), batch: make([]byte, batchBlocks*BlockSize), plain: plain, withDict: withDict}
+	s.ctx, s.cancel = context.WithCancel(ctx)
+	if r.from == nil {
+		return s, nil
+	}
+	in := make(chan packed, prefetched)
+	s.in, s.free = in, make(chan []byte, prefetched+1)
+	for range cap(s.free) {
+		s.free <- nil // made when first needed
+	}
+	go r.fetch(s.ctx, in, s.free)
+	return s, nil
+}
+
+// Close stops fetching and waits until it has stopped.
+func (s *stream) Close() error {
+	s.cancel()
+	if s.in != nil {
+		for range s.in { //nolint:revive // only until it is closed
+		}
+	}
+	s.plain.Close()
+	s.withDict.Close()
+	s.err = errors.New("rebuild root: the stream is closed")
+	return nil
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	for len(s.have) == 0 {
+		if s.err != nil {
+			return 0, s.err
+		}
+		if err := s.fill(); err != nil {
+			s.err = err
+		}
+	}
+	n := copy(p, s.have)
+	s.have = s.have[n:]
+	return n, nil
+}
+
+// fill brings the next batch, or the tree behind the last one.
+func (s *stream) fill() error {
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
+	t := s.r.tree
+	if s.next == t.blocks {
+		if s.tail {
+			return io.EOF
+		}
+		s.tail, s.have = true, t.bytes
+		return nil
+	}
+	n := min(batchBlocks, t.blocks-s.next)
+	batch := s.batch[:n*BlockSize]
+	for i := int64(0); i < n; {
+		got, err := s.load(s.next+i, batch[i*BlockSize:])
+		if err != nil {
+			return err
+		}
+		i += got
+	}
+	for i := range n {
+		block := batch[i*BlockSize : (i+1)*BlockSize]
+		if s.hash.valid(s.next+i, block) {
+			continue
+		}
+		if err := s.repair(s.next+i, block); err != nil {
+			return err
+		}
+	}
+	s.next, s.have = s.next+n, batch
+	return nil
+}
+
+// load puts the block i, and those behind it that come from the same place, where they
+// belong and says how many. What a slot or a frame gives is checked by fill, so only
+// fetching can fail.
+func (s *stream) load(i int64, into []byte) (int64, error) {
+	r, limit := s.r, int64(len(into)/BlockSize)
+	from := r.copyOf[i]
+	if !r.inPlace[i] && from == noBlock {
+		return 1, s.loadFrame(i, into[:BlockSize])
+	}
+	n := int64(1)
+	if r.inPlace[i] {
+		for n < limit && r.inPlace[i+n] {
+			n++
+		}
+	} else {
+		for n < limit && !r.inPlace[i+n] && r.copyOf[i+n] == from+uint32(n) {
+			n++
+		}
+	}
+	slot, at := r.o.Old, int64(from)
+	if r.inPlace[i] {
+		slot, at = r.o.Target, i
+		for k := range n {
+			if r.copyOf[i+k] == noBlock {
+				s.ordinal++
+			}
+		}
+	}
+	readBlocks(slot, at, into[:n*BlockSize])
+	return n, nil
+}
+
+// readBlocks reads as much as can be read, block by block if need be, and leaves zeros
+// in place of the rest.
+func readBlocks(slot io.ReaderAt, first int64, into []byte) {
+	if n, _ := slot.ReadAt(into, first*BlockSize); n == len(into) {
+		return
+	}
+	for i := int64(0); i*BlockSize < int64(len(into)); i++ {
+		block := into[i*BlockSize : (i+1)*BlockSize]
+		if n, _ := slot.ReadAt(block, (first+i)*BlockSize); n < BlockSize {
+			clear(block)
+		}
+	}
+}
+
+// loadFrame takes a block from the frame that holds it.
+func (s *stream) loadFrame(i int64, into []byte) error {
+	number := uint32(i)
+	if s.r.from.source == SourcePatch {
+		number = s.ordinal
+		s.ordinal++
+	}
+	for s.current == nil || number >= s.current.first+s.current.Blocks {
+		p, ok := <-s.in
+		if !ok {
+			return errors.Join(fmt.Errorf("rebuild block %d: the %s has no frame for it", i, s.r.from.source), s.ctx.Err())
+		}
+		if p.err != nil {
+			return fmt.Errorf("rebuild block %d: %w", i, p.err)
+		}
+		s.current = p.frame
+		s.content, s.broken = s.unpack(p.frame, p.data, s.content)
+		s.free <- p.data
+	}
+	if s.broken != nil {
+		clear(into)
+		return nil
+	}
+	copy(into, s.content[(number-s.current.first)*BlockSize:])
+	return nil
+}
+
+// unpack gives the content of a frame in into's memory.
+func (s *stream) unpack(f *frame, data, into []byte) ([]byte, error) {
+	d, want := s.plain, int(f.Blocks)*BlockSize
+	if len(f.Dict) > 0 {
+		size := 0
+		for _, x := range f.Dict {
+			size += int(x.Blocks) * BlockSize
+		}
+		s.dict = slices.Grow(s.dict[:0], size)[:size]
+		at := 0
+		for _, x := range f.Dict {
+			n := int(x.Blocks) * BlockSize
+			readBlocks(s.r.o.Old, int64(x.First), s.dict[at:at+n])
+			at += n
+		}
+		if d = s.withDict; d.useDict(s.dict) != nil {
+			return into[:0], errors.New("the decoder does not take the dictionary")
+		}
+	}
+	out, err := d.decode(data, slices.Grow(into[:0], want), want)
+	if err != nil {
+		return into[:0], err
+	}
+	return out, nil
+}
+
+// repair takes a block that is not what it should be from elsewhere: the old slot,
+// if it was not from there, and at last the pack.
+func (s *stream) repair(i int64, block []byte) error {
+	r := s.r
+	where := fmt.Sprintf("old block %d", r.copyOf[i])
+	switch {
+	case r.inPlace[i]:
+		where = "the target slot"
+		if from := r.copyOf[i]; from != noBlock {
+			readBlocks(r.o.Old, int64(from), block)
+			if s.hash.valid(i, block) {
+				return nil
+			}
+		}
+	case r.copyOf[i] == noBlock:
+		where = fmt.Sprintf("the frame at byte %d of the %s", s.current.offset, r.from.source)
+		if s.broken != nil {
+			where += fmt.Sprintf(" (%v)", s.broken)
+		}
+		if r.from.source == SourcePack {
+			return fmt.Errorf("rebuild block %d: %s does not have it: the blob is damaged, was swapped, or is of another release", i, where)
+		}
+	}
+	if err := s.fromPack(i, block); err != nil {
+		return fmt.Errorf("rebuild block %d: it is not in %s as it should be, and not in the pack: %w", i, where, err)
+	}
+	return nil
+}
+
+// fromPack fetches the one frame of the pack that holds block i, unless it was the
+// last one so fetched.
+func (s *stream) fromPack(i int64, block []byte) error {
+	pack, err := s.r.loadPack(s.ctx)
+	if err != nil {
+		return err
+	}
+	f := &pack.all[pack.find(uint32(i))]
+	if s.repaired != f {
+		s.repaired = nil
+		data, err := s.r.read(s.ctx, pack.blob, f.offset, int64(f.SizeBytes))
+		if err != nil {
+			return err
+		}
+		if s.spare, err = s.unpack(f, data, s.spare); err != nil {
+			return fmt.Errorf("frame at byte %d: %w", f.offset, err)
+		}
+		s.repaired = f
+	}
+	copy(block, s.spare[(uint32(i)-f.first)*BlockSize:])
+	if !s.hash.valid(i, block) {
+		return fmt.Errorf("frame at byte %d has something else", f.offset)
+	}
+	return nil
+}
