@@ -198,6 +198,18 @@ func (b *Bundle) Has(path string) bool {
 	return ok
 }
 
+// Paths lists the files of the repository that the bundle holds, in its order. What
+// their names say is not verified.
+func (b *Bundle) Paths() []string {
+	var list []string
+	for _, m := range b.members {
+		if m.class != classMarker && m.class != classSums {
+			list = append(list, m.name)
+		}
+	}
+	return list
+}
+
 // Fetch implements [Source].
 func (b *Bundle) Fetch(_ context.Context, path string, offset, length int64) (io.ReadCloser, int64, error) {
 	if _, _, err := classify(path); err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/verity"
 	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/update/delta"
 )
 
 // maxWindowBytes bounds the memory that a pack can ask for.
@@ -19,8 +20,8 @@ const maxWindowBytes = 64 << 20
 
 // Contents is the release as it goes into a slot, by the device as by the bench:
 // the counterpart of what the builder makes of a release folder. root opens the
-// root image, file system and hash tree, such as one made of a patch and the root
-// that runs; nil is [Candidate.OpenRoot]. Nothing is fetched before
+// root image, file system and hash tree, such as [Candidate.Rebuild] does; nil is
+// [Candidate.OpenRoot]. Nothing is fetched before
 // [partition.SlotPlan.Apply] opens it. There every part is checked against the
 // signed manifest, and the slot against its root hash once it is written.
 func (c *Candidate) Contents(ctx context.Context, root func() (io.ReadCloser, error)) (partition.Contents, error) {
@@ -98,4 +99,42 @@ type wholeRoot struct {
 func (r *wholeRoot) Close() error {
 	r.z.Close()
 	return errors.Join(r.pack.Close(), r.tree.Close())
+}
+
+// Local is what there is of root images where a release is to be written.
+type Local struct {
+	// Old is the slot that runs, and OldVerity what was booted of it; nil is none.
+	Old       io.ReaderAt
+	OldVerity image.Verity
+	// Target is the slot to be written, of which an attempt that broke off may have
+	// written a part; nil looks for none.
+	Target io.ReaderAt
+}
+
+// Rebuild plans how the root image is made of what is there already and of the
+// fewest bytes of the source: its patch from the old root, where it has one, or else
+// its pack. The Open of the result, with a context, is what [Candidate.Contents]
+// wants. It fetches the tree and an index.
+func (c *Candidate) Rebuild(ctx context.Context, l Local) (*delta.Rebuild, error) {
+	blob := func(role, from string) delta.Blob {
+		b, ok := c.Release.Blob(role, from)
+		if !ok || !c.Has(b) {
+			return delta.Blob{}
+		}
+		return delta.Blob{SizeBytes: b.SizeBytes, Fetch: func(ctx context.Context, offset, length int64) (io.ReadCloser, error) {
+			return c.Range(ctx, b, offset, length)
+		}}
+	}
+	o := delta.Options{
+		Verity: c.Release.Manifest.Verity, Tree: blob(RoleTree, ""), Pack: blob(RolePack, ""),
+		Old: l.Old, OldVerity: l.OldVerity, Target: l.Target,
+	}
+	if l.Old != nil {
+		o.Patch = blob(RolePatch, l.OldVerity.RootHash)
+	}
+	r, err := delta.New(ctx, o)
+	if err != nil {
+		return nil, fmt.Errorf("release %s: %w", c.Release.Manifest.Version, err)
+	}
+	return r, nil
 }

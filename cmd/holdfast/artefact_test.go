@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,9 +32,15 @@ import (
 
 const mebi = 1 << 20
 
+// testRelease is what a release of the tests is called.
+type testRelease struct {
+	product, version string
+	epoch            int64
+}
+
 // makeRelease writes a release whose kernel is systemd-boot, which is an EFI
 // program too, signed with the keys in keyDir.
-func makeRelease(keyDir, dir string) error {
+func makeRelease(keyDir, dir string, r testRelease) error {
 	k, err := keys.Load(keyDir)
 	if err != nil {
 		return err
@@ -50,12 +57,12 @@ func makeRelease(keyDir, dir string) error {
 		return err
 	}
 	m := &image.Manifest{
-		Format: 1, Name: "ledger", Version: "1.2.3", Architecture: "amd64", Kernel: "6.1.0-test",
+		Format: 1, Name: r.product, Version: r.version, Architecture: "amd64", Kernel: "6.1.0-test", Epoch: r.epoch,
 		Images: []image.Source{{Ref: "registry.example/web:1", Digest: "sha256:" + strings.Repeat("ab", 32)}},
 		Disk:   image.Geometry{SizeBytes: diskBytes, ESPBytes: 64 * mebi, SlotBytes: 4 * mebi},
 	}
 	var rootImage bytes.Buffer
-	if m.Verity, err = writeTestRoot(&rootImage); err != nil {
+	if m.Verity, err = writeTestRoot(&rootImage, r); err != nil {
 		return err
 	}
 	if m.Root, err = writeTestFile(dir, image.RootName, rootImage.Bytes()); err != nil {
@@ -104,9 +111,9 @@ func testUKI(k *keys.Keys, m *image.Manifest, stub, loader []byte) uki.Input {
 	}
 }
 
-func writeTestRoot(to *bytes.Buffer) (image.Verity, error) {
+func writeTestRoot(to *bytes.Buffer, r testRelease) (image.Verity, error) {
 	text, err := json.Marshal(image.Appliance{
-		Format: 1, Name: "ledger", Version: "1.2.3",
+		Format: 1, Name: r.product, Version: r.version, Update: image.Update{Channel: "stable", Epoch: r.epoch},
 		Services: []image.Container{{Name: "web"}}, Volumes: []image.Volume{{Name: "data", Mount: "/data"}},
 	})
 	if err != nil {
@@ -114,6 +121,14 @@ func writeTestRoot(to *bytes.Buffer) (image.Verity, error) {
 	}
 	top := tree.NewDir(0o755)
 	if err := top.Put(image.AppliancePath, &tree.Node{Mode: tree.TypeRegular | 0o644, Content: tree.Bytes(text)}); err != nil {
+		return image.Verity{}, err
+	}
+	// Content that all releases share and that does not compress, so that a patch is worth it.
+	noise := make([]byte, mebi)
+	if _, err := rand.NewChaCha8([32]byte{}).Read(noise); err != nil {
+		return image.Verity{}, err
+	}
+	if err := top.Put("/usr/share/noise", &tree.Node{Mode: tree.TypeRegular | 0o644, Content: tree.Bytes(noise)}); err != nil {
 		return image.Verity{}, err
 	}
 	if _, err := erofs.Write(to, top, erofs.Options{Label: "ledger", BuildTimeSec: 1767225600}); err != nil {
@@ -168,8 +183,9 @@ func signTestFile(dir, name string, unsigned uki.Blob, k *keys.Keys) (image.File
 // diskBytes holds boot partition, two slots, and two volumes of the least size.
 const diskBytes = 160 * mebi
 
-// makeDisk writes a disk image, with the release in releaseDir in slot A.
-func makeDisk(path, releaseDir string) (err error) {
+// makeDisk writes a disk image, with the release in releaseDir in slot A, that is
+// good when there are no tries to count.
+func makeDisk(path, releaseDir string, tries int) (err error) {
 	layout, err := partition.Plan(partition.Spec{
 		Seed: "ledger", SizeBytes: diskBytes, ESPBytes: 64 * mebi, SlotBytes: 4 * mebi,
 		Volumes: []partition.VolumeSpec{{Name: "log", SizeBytes: 32 * mebi}, {Name: "data"}},
@@ -194,7 +210,7 @@ func makeDisk(path, releaseDir string) (err error) {
 	}
 	return d.WriteSlot(context.Background(), partition.SlotA,
 		partition.Contents{Root: parts[0], UKI: parts[1], Loader: parts[2], Title: "ledger 1.2.3", Version: "1.2.3"},
-		partition.WriteOptions{Tries: 3}, nil)
+		partition.WriteOptions{Tries: tries}, nil)
 }
 
 const volumeBytes = 32 * mebi

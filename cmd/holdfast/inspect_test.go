@@ -153,7 +153,7 @@ func FuzzInspect(f *testing.F) {
 		f.Add(program)
 	}
 	var image bytes.Buffer
-	if _, err := writeTestRoot(&image); err != nil {
+	if _, err := writeTestRoot(&image, testRelease{product: "ledger", version: "1.2.3"}); err != nil {
 		f.Fatal(err)
 	}
 	f.Add(image.Bytes())

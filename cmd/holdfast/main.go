@@ -1,7 +1,7 @@
 // Command holdfast builds, runs and explains sealed appliances.
 //
 // Data goes to standard output, "error:" and "hint:" lines to standard error.
-// Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures.
 package main
 
 import (
@@ -18,6 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/image/spec"
+	"github.com/holdfast-os/holdfast/update"
+	"github.com/holdfast-os/holdfast/update/repo"
 )
 
 // version is set by the linker.
@@ -29,6 +31,7 @@ const (
 	exitFailed = 1
 	exitUsage  = 2
 	exitVerify = 3
+	exitWaits  = 4
 )
 
 const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
@@ -39,6 +42,10 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
   build SPEC -o OUT      make the release and the disk
   run OUT                boot it in QEMU with a TPM and firmware that remember
   inspect FILE           explain a disk, release, UKI or LUKS volume  [--json]
+  repo VERB DIR          a signed update repository: init, add, rollout, status, ...
+  bundle RELEASE -o FILE one release with all its signatures, to carry by hand
+  verify BUNDLE          check a bundle as a device would, and explain it  [--json]
+  apply BUNDLE --disk D  write it into the free slot of a disk on the bench
   version
 
 example:
@@ -46,7 +53,7 @@ example:
   holdfast build ledger.yaml -o out && holdfast run out
 
 'holdfast VERB -h' tells a verb's options.
-exit codes: 0 done, 1 failed, 2 usage, 3 verification failed
+exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures
 `
 
 // verb is one subcommand. run gets the arguments behind the verb's name.
@@ -58,7 +65,8 @@ type verb struct {
 func verbs() []verb {
 	return []verb{
 		{"init", runInit}, {"keys", runKeys}, {"lock", runLock}, {"build", runBuild},
-		{"run", runRun}, {"inspect", runInspect}, {"version", runVersion},
+		{"run", runRun}, {"inspect", runInspect}, {"repo", runRepo}, {"bundle", runBundle},
+		{"verify", runVerify}, {"apply", runApply}, {"version", runVersion},
 	}
 }
 
@@ -151,8 +159,19 @@ func (c *cli) report(err error) int {
 	if errors.As(err, &hint) {
 		fmt.Fprintln(c.err, "hint:", hint.hint)
 	}
-	if errors.Is(err, errVerification) {
-		return exitVerify
+	return exitCode(err)
+}
+
+// exitCode tells scripts apart what they may want to act on.
+func exitCode(err error) int {
+	var waits *repo.PendingError
+	if errors.As(err, &waits) {
+		return exitWaits
+	}
+	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder} {
+		if errors.Is(err, untrusted) {
+			return exitVerify
+		}
 	}
 	return exitFailed
 }
@@ -181,7 +200,7 @@ func (c *cli) flags(name, arguments, about string) *flag.FlagSet {
 }
 
 // parse takes options before and behind the arguments, and wants n of the latter,
-// which is 0 or 1.
+// which is 0 to 3.
 func parse(f *flag.FlagSet, args []string, n int) ([]string, error) {
 	var rest []string
 	for {
@@ -201,7 +220,7 @@ func parse(f *flag.FlagSet, args []string, n int) ([]string, error) {
 		if len(rest) > 0 {
 			got = fmt.Sprintf("%d: %s", len(rest), strings.Join(rest, " "))
 		}
-		wants := [...]string{"no argument", "1 argument"}[n]
+		wants := [...]string{"no argument", "1 argument", "2 arguments", "3 arguments"}[n]
 		return nil, usageError{fmt.Sprintf("%s takes %s, got %s", f.Name(), wants, got), "holdfast " + f.Name() + " -h"}
 	}
 	return rest, nil

@@ -12,8 +12,13 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"filippo.io/age"
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/holdfast-os/holdfast/image/build"
+	"github.com/holdfast-os/holdfast/update/repo"
 )
 
 func TestMain(m *testing.M) {
@@ -34,8 +39,13 @@ func TestMain(m *testing.M) {
 //	json TYPE                  the last standard output is one JSON object of that type
 //	flip FILE OFFSET           turn one byte over; from the end when negative
 //	cut FILE SIZE              shorten a file
-//	mkrelease KEYS FOLDER      a small release, signed with these keys
-//	mkdisk FILE [RELEASE]      a disk, with the release in slot A
+//	mkrelease KEYS FOLDER [VERSION [PRODUCT [EPOCH]]]
+//	                           a small release, signed with these keys
+//	mkdisk FILE [RELEASE [TRIES]]
+//	                           a disk, with the release in slot A, on trial with 3 tries; with 0 it is good
+//	age KEY                    an age key; its recipient is in KEY.pub
+//	mkrepo KEYS DIR DAYS RELEASE
+//	                           a repository of that many days ago, with the release in channel stable
 //	mkluks FILE                a volume by our own package
 //	kernel FILE                Debian's kernel package
 func TestScripts(t *testing.T) {
@@ -55,7 +65,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS,
-			"kernel": linkKernel,
+			"kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
 		},
 	})
 }
@@ -168,16 +178,48 @@ func linkKernel(ts *testscript.TestScript, neg bool, args []string) {
 
 func scriptRelease(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, 2)
-	ts.Check(makeRelease(ts.MkAbs(args[0]), ts.MkAbs(args[1])))
+	r := testRelease{product: "ledger", version: "1.2.3"}
+	if len(args) > 2 {
+		r.version = args[2]
+	}
+	if len(args) > 3 {
+		r.product = args[3]
+	}
+	if len(args) > 4 {
+		r.epoch = number(ts, args[4])
+	}
+	ts.Check(makeRelease(ts.MkAbs(args[0]), ts.MkAbs(args[1]), r))
 }
 
 func scriptDisk(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, 1)
-	dir := ""
+	dir, tries := "", 3
 	if len(args) > 1 {
 		dir = ts.MkAbs(args[1])
 	}
-	ts.Check(makeDisk(ts.MkAbs(args[0]), dir))
+	if len(args) > 2 {
+		tries = int(number(ts, args[2]))
+	}
+	ts.Check(makeDisk(ts.MkAbs(args[0]), dir, tries))
+}
+
+func scriptAge(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 1)
+	k, err := age.GenerateX25519Identity()
+	ts.Check(err)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(k.String()+"\n"), 0o600))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0])+".pub", []byte(k.Recipient().String()), 0o600))
+	ts.Setenv("RECIPIENT", k.Recipient().String())
+}
+
+// scriptRepo makes a repository that time has passed for.
+func scriptRepo(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 4)
+	then := time.Now().AddDate(0, 0, -int(number(ts, args[2])))
+	r, err := repo.Create(ts.MkAbs(args[1]), ts.MkAbs(args[0]), then, repo.Options{})
+	ts.Check(err)
+	_, err = r.Add(context.Background(), ts.MkAbs(args[3]), repo.AddOptions{Channel: "stable"}, packer{func(build.Step) {}})
+	ts.Check(err)
 }
 
 func scriptLUKS(ts *testscript.TestScript, neg bool, args []string) {
