@@ -110,11 +110,15 @@ func (l *lister) folder(in erofs.Inode, at string) error {
 // names finds the old file that is most likely the ancestor of a new one.
 type names struct {
 	byPath, byFolder, byName map[string]extent
+	inodes                   extent // the first extent: superblock, inodes, small files
 }
 
 func newNames(files []extent) names {
-	n := names{map[string]extent{}, map[string]extent{}, map[string]extent{}}
+	n := names{map[string]extent{}, map[string]extent{}, map[string]extent{}, files[0]}
 	for _, f := range files {
+		if f.path == "" {
+			continue
+		}
 		n.byPath[f.path] = f
 		folder, name := path.Split(f.path)
 		n.byFolder[folder+withoutVersion(name)] = f

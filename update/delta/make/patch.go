@@ -16,10 +16,12 @@ import (
 )
 
 const (
-	// patchFrameBlocks and dictBlocks are bound by the encoder: its table has 512 Ki
-	// places, and of a dictionary much larger than that it remembers only the end.
-	patchFrameBlocks = 128
-	dictBlocks       = 256
+	// Measured with 23 security updates in a Debian root of 340 MB: frames of 64, 128 and
+	// 256 blocks with dictionaries of 192, 256 and 512 make patches of 5.19, 5.13 and 4.95
+	// MB. Much larger dictionaries gain nothing, because the encoder's table has 512 Ki
+	// places. SpeedBestCompression makes 4.80 MB in three times the time.
+	patchFrameBlocks = delta.MaxFrameBlocks
+	dictBlocks       = 512
 	// marginBlocks around a block that has something in common come into the dictionary too.
 	marginBlocks = 1
 	dictSpans    = 200
@@ -223,18 +225,15 @@ func (p *patcher) dictionary(runs []extent, starts []int, data []byte) []delta.S
 
 // guess gives the part of a run's ancestor that lies at the same relative place.
 func (p *patcher) guess(run extent) (blocks []int64) {
-	old, ok := p.ancestors.ancestor(run.path)
 	at := sort.Search(len(p.extents), func(i int) bool { return p.extents[i].first > run.first }) - 1
-	if run.path == "" {
-		old, ok = extent{first: 0, blocks: p.oldBlocks}, p.extents[at].first == 0
-		if a, found := p.ancestors.byPath[""]; found && a.first == 0 {
-			old = a
-		}
+	of := p.extents[at]
+	old, ok := p.ancestors.ancestor(run.path)
+	if of.first == 0 && run.path == "" {
+		old, ok = p.ancestors.inodes, true
 	}
 	if !ok {
 		return nil
 	}
-	of := p.extents[at]
 	from := (run.first-of.first)*old.blocks/of.blocks - marginBlocks
 	to := (run.end()-of.first)*old.blocks/of.blocks + marginBlocks
 	for b := max(from, 0); b <= min(to, old.blocks-1); b++ {
