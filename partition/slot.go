@@ -510,7 +510,9 @@ func (v *verifiedReader) Read(p []byte) (int, error) {
 	case v.rest > 0 && err == io.EOF:
 		v.err = fmt.Errorf("content ends %d bytes early: %w", v.rest, io.ErrUnexpectedEOF)
 	case err != nil && err != io.EOF:
-		v.err = err
+		// Wrapped: io.ErrUnexpectedEOF as it is would look to io.ReadFull's callers
+		// like a short last piece.
+		v.err = fmt.Errorf("with %d bytes to come: %w", v.rest, err)
 	}
 	return n, v.err
 }
