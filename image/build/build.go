@@ -138,11 +138,15 @@ func (b *builder) release() error {
 		Format: 1, Name: s.Name, Version: s.Version, Architecture: s.Arch, BuildTimeSec: b.epochSec(),
 		Epoch: s.Update.Epoch,
 	}
+	t, err := b.readTrust()
+	if err != nil {
+		return err
+	}
 	k, err := b.openKernel()
 	if err != nil {
 		return err
 	}
-	root, appliance, err := b.compose(k)
+	root, appliance, err := b.compose(k, t)
 	if err != nil {
 		return err
 	}

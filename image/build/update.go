@@ -17,36 +17,50 @@ const (
 	maxCABytes      = 256 << 10
 )
 
-// addUpdate puts whom the device trusts into the root, and the rest of the update
-// section into its description.
-func (b *builder) addUpdate(root *tree.Node, app *image.Appliance) error {
+// trust is what a release knows of its updates. The zero value takes none.
+type trust struct {
+	update image.Update
+	root   []byte // root.json
+}
+
+// readTrust reads what the update section names and checks it, before anything that takes long.
+func (b *builder) readTrust() (trust, error) {
 	u := b.spec.Update
 	if u.Root == "" {
-		return nil
+		return trust{}, nil
 	}
-	trusted, err := b.small(u.Root, maxTUFRootBytes)
+	root, err := b.small(u.Root, maxTUFRootBytes)
 	if err == nil {
 		// The type, the form, and a threshold of its own keys: what a device asks of it.
-		_, err = trustedmetadata.New(trusted)
+		_, err = trustedmetadata.New(root)
 	}
 	if err != nil {
-		return b.at("update.root", fmt.Errorf("%w; it is the root.json that holdfast repo root prints", err))
+		return trust{}, b.at("update.root", fmt.Errorf("%w; it is the root.json that holdfast repo root prints", err))
 	}
-	app.Update = image.Update{
+	t := trust{root: root, update: image.Update{
 		URL: u.URL, Channel: u.Channel, CheckSec: u.Check.Seconds(),
 		WindowStartMin: u.Window.StartMin, WindowEndMin: u.Window.EndMin,
 		Automatic: u.Automatic == nil || *u.Automatic, Stick: u.Stick == nil || *u.Stick,
 		WriteBack: u.WriteBack, Epoch: u.Epoch, Hardware: u.Hardware,
+	}}
+	if u.CA == "" {
+		return t, nil
 	}
-	if u.CA != "" {
-		certificates, err := b.small(u.CA, maxCABytes)
-		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(certificates) {
-			err = errors.New(u.CA + " holds no certificate in PEM")
-		}
-		if err != nil {
-			return b.at("update.ca", err)
-		}
-		app.Update.CAPEM = string(certificates)
+	certificates, err := b.small(u.CA, maxCABytes)
+	if err == nil && !x509.NewCertPool().AppendCertsFromPEM(certificates) {
+		err = errors.New(u.CA + " holds no certificate in PEM")
 	}
-	return b.put(root, image.TUFRootPath, 0o644, tree.Bytes(trusted))
+	if err != nil {
+		return trust{}, b.at("update.ca", err)
+	}
+	t.update.CAPEM = string(certificates)
+	return t, nil
+}
+
+// addTrust puts root.json where the device looks for it.
+func (b *builder) addTrust(root *tree.Node, t trust) error {
+	if t.root == nil {
+		return nil
+	}
+	return b.put(root, image.TUFRootPath, 0o644, tree.Bytes(t.root))
 }
