@@ -58,10 +58,66 @@ func RunInitrd(console *os.File) error {
 	i.status.Boot.KernelMilliseconds = uptime().Milliseconds()
 	for _, step := range []func() error{i.readBoot, i.loadModules, i.mapRoot, i.openVolumes, i.leave} {
 		if err := step(); err != nil {
+			if !errors.Is(err, ErrReboot) && !errors.Is(err, ErrPowerOff) {
+				i.rearm()
+			}
 			return err
 		}
 	}
 	return i.becomeInit()
+}
+
+// rearmTries is how often a slot that was good may still fail to boot.
+const rearmTries = 2
+
+// rearm gives a slot that was good and does not boot any more its counter back,
+// so that the other slot gets its turn instead of this one for ever (F74). It is
+// a last act: what fails here changes nothing.
+func (i *initrd) rearm() {
+	disks, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return
+	}
+	for _, d := range disks {
+		slot, err := rearmDisk("/dev/"+d.Name(), i.boot.Root.RootHash)
+		if err != nil {
+			i.log.Warn("boot counter", "disk", d.Name(), "error", err)
+		}
+		if slot != "" {
+			i.log.Warn("this slot was good; the other one gets its turn", "slot", slot, "after_boots", rearmTries)
+		}
+	}
+}
+
+// rearmDisk arms the entry of the release with that root hash, if it is good and
+// the other slot's is too. A disk that is not one of ours is passed over.
+func rearmDisk(device, rootHash string) (slot partition.Slot, err error) {
+	dev, err := partition.OpenShared(device)
+	if err != nil {
+		return "", nil
+	}
+	defer dev.Close()
+	disk, err := partition.Open(dev)
+	if err != nil {
+		return "", nil
+	}
+	entries, err := disk.Entries()
+	if err != nil {
+		return "", err
+	}
+	other := false
+	for _, e := range entries {
+		switch {
+		case e.Good() && e.RootHash == rootHash && slot == "":
+			slot = e.Slot
+		case e.Good():
+			other = true
+		}
+	}
+	if slot == "" || !other {
+		return "", nil
+	}
+	return slot, disk.Arm(slot, rearmTries)
 }
 
 // readBoot reads what the build put beside this program, and checks that the

@@ -193,9 +193,6 @@ func (u *Updater) Settle() error {
 	}
 	defer u.reserve()
 	p := u.state(nil).Pending
-	if p == nil {
-		return nil
-	}
 	disk, closer, err := u.OpenDisk()
 	if err != nil {
 		return err
@@ -204,6 +201,10 @@ func (u *Updater) Settle() error {
 	entries, err := disk.Entries()
 	if err != nil {
 		return err
+	}
+	if p == nil {
+		u.noteBroken(entries)
+		return nil
 	}
 	i := slices.IndexFunc(entries, func(e partition.Entry) bool {
 		return string(e.Slot) == p.Slot && e.Sequence == p.Sequence && e.RootHash == p.RootHash
@@ -223,6 +224,26 @@ func (u *Updater) Settle() error {
 		u.Log.Info("a release waits for its first boot", "version", p.Version, "slot", p.Slot)
 	}
 	return nil
+}
+
+// noteBroken reports a release that was good and was left because it did not boot
+// any more (F74). Installing it again may repair it, so it is not one that failed.
+func (u *Updater) noteBroken(entries []partition.Entry) {
+	var own int64
+	for _, e := range entries {
+		if e.Slot == u.Slot {
+			own = e.Sequence
+		}
+	}
+	for _, e := range entries {
+		if e.Slot != u.Slot && e.Bad() && e.Sequence > own && !slices.Contains(u.state(nil).FailedHashes(), e.RootHash) {
+			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot)
+			u.state(func(s *update.State) {
+				logOnce(s, update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack,
+					Reason: "it was good and does not boot any more: its slot may be damaged"})
+			})
+		}
+	}
 }
 
 // silent is the reason when a release left none.

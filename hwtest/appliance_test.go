@@ -231,7 +231,7 @@ func TestRebootIsClean(t *testing.T) {
 	m, _ := aBox(t, true)
 	m.PowerOn()
 	m.Expect(readyPattern, bootTime)
-	call(m, "POST", "/reboot", "") // the service may be stopped before it has answered
+	call(m, "POST", "/v1/power/reboot", "") // the service may be stopped before it has answered
 	m.Expect(`shutting down reboot=true why="asked by the API"`, bootTime)
 	m.Expect(`volume closed name=data`, bootTime)
 	m.Expect(`bye reboot=true`, bootTime)

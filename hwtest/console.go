@@ -100,7 +100,7 @@ func (vm *VM) ExpectAny(within time.Duration, patterns ...string) (int, []string
 		case match != nil:
 			return i, match, nil
 		case ended:
-			return 0, nil, fmt.Errorf("console closed before %s; it ends:\n%s", strings.Join(patterns, " or "), rest)
+			return 0, nil, fmt.Errorf("console closed before %s; it ends:\n%s\n%s", strings.Join(patterns, " or "), rest, vm.stderr.String())
 		}
 		select {
 		case <-more:

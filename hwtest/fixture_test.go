@@ -80,6 +80,7 @@ onshutdown:
     command: [/usr/lib/holdfast/holdfast-agent, version]
     readonly: true
     binds: ["/usr/lib/holdfast:/usr/lib/holdfast:ro"]
+update: {root: root.json, url: "%s", write_back: true}
 disk:
   size: 960MiB # a volume of an odd size
   esp: 128MiB
@@ -117,7 +118,8 @@ func buildRelease(t *testing.T, dir string, k *keys.Keys, version string, change
 	in := inputs(t)
 	goBuild(t, filepath.Join(dir, "probe/probe"), "./testdata/probe")
 	goBuild(t, filepath.Join(dir, "agent"), "../cmd/holdfast-agent")
-	s, err := spec.Parse("probe.yaml", fmt.Appendf(nil, probeSpec, version, in))
+	web.rootJSON(t, filepath.Join(dir, "root.json"))
+	s, err := spec.Parse("probe.yaml", fmt.Appendf(nil, probeSpec, version, in, web.address()))
 	if err == nil {
 		err = s.Validate()
 	}
@@ -221,6 +223,7 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
+	web.close()
 	os.RemoveAll(scratch)
 	os.Exit(code)
 }
@@ -277,7 +280,7 @@ func call(m *hwtest.Machine, method, path, body string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	resp, err := (&http.Client{Timeout: time.Minute}).Do(req)
+	resp, err := (&http.Client{Timeout: bootTime}).Do(req)
 	if err != nil {
 		return "", err
 	}

@@ -73,7 +73,7 @@ type Options struct {
 	// CPUs is 2 when 0, and 1 under emulation: emulated processors that wait for
 	// one another stand still on a busy machine, until the guest's watchdog bites.
 	CPUs int
-	TPM       TPMKind
+	TPM  TPMKind
 	// SecureBoot, when set, is enrolled before the first power-on.
 	SecureBoot *SecureBootKeys
 	// Forward are TCP ports of the guest reachable at [VM.Address]. With the

@@ -150,12 +150,16 @@ func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
 		netdev += fmt.Sprintf(",hostfwd=tcp:%s-:%d", host, port)
 	}
 	args = append(args, "-netdev", netdev, "-device", "virtio-net-pci,netdev=net,romfile=")
+	args = append(args, "-device", "pcie-root-port,id="+stickPort+",chassis=1")
 	if b.opts.TPM != TPMAbsent {
 		args = append(args, "-chardev", "socket,id=tpm,path="+filepath.Join(vm.sockets, "tpm"),
 			"-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0")
 	}
 	return args, nil
 }
+
+// stickPort is where [VM.Plug] plugs in.
+const stickPort = "stickport"
 
 // freePort returns loopback:want, or a free port when want is 0.
 func freePort(want int) (string, error) {
@@ -209,10 +213,10 @@ func (vm *VM) Wait(within time.Duration) error {
 }
 
 // PowerButton presses the ACPI power button.
-func (vm *VM) PowerButton() error { return vm.command("system_powerdown") }
+func (vm *VM) PowerButton() error { return vm.command("system_powerdown", nil) }
 
 // Reset presses the reset button.
-func (vm *VM) Reset() error { return vm.command("system_reset") }
+func (vm *VM) Reset() error { return vm.command("system_reset", nil) }
 
 // boundedBuffer keeps the first max bytes written to it.
 type boundedBuffer struct {

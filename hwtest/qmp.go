@@ -7,10 +7,15 @@ import (
 	"time"
 )
 
-// command sends one QEMU Machine Protocol command and waits for its answer;
-// events in between are passed over. One connection a command: this protocol
-// is used a few times in a machine's life.
-func (vm *VM) command(name string) (err error) {
+// request is one QEMU Machine Protocol command.
+type request struct {
+	Execute   string         `json:"execute"`
+	Arguments map[string]any `json:"arguments,omitempty"`
+}
+
+// command sends one command and waits for its answer; events in between are passed
+// over. One connection a command: this protocol is used a few times in a machine's life.
+func (vm *VM) command(name string, arguments map[string]any) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("QMP %s: %w", name, err)
@@ -27,8 +32,8 @@ func (vm *VM) command(name string) (err error) {
 	if err := in.Decode(&greeting); err != nil {
 		return err
 	}
-	for _, c := range []string{"qmp_capabilities", name} {
-		if err := out.Encode(map[string]string{"execute": c}); err != nil {
+	for _, c := range []request{{Execute: "qmp_capabilities"}, {name, arguments}} {
+		if err := out.Encode(c); err != nil {
 			return err
 		}
 		for {
@@ -48,4 +53,25 @@ func (vm *VM) command(name string) (err error) {
 		}
 	}
 	return nil
+}
+
+// stickName is QEMU's name of what is plugged in.
+const stickName = "stick"
+
+// Plug plugs a disk image in, as one would a stick. One at a time.
+func (vm *VM) Plug(image string, readOnly bool) error {
+	err := vm.command("blockdev-add", map[string]any{
+		"driver": "raw", "node-name": stickName, "read-only": readOnly,
+		"file": map[string]any{"driver": "file", "filename": image, "read-only": readOnly},
+	})
+	if err != nil {
+		return err
+	}
+	return vm.command("device_add", map[string]any{"driver": "virtio-blk-pci", "id": stickName, "drive": stickName, "bus": stickPort})
+}
+
+// Unplug pulls it out, whatever the guest is doing with it. The guest takes some
+// seconds to notice.
+func (vm *VM) Unplug() error {
+	return vm.command("device_del", map[string]any{"id": stickName})
 }

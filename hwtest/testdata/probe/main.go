@@ -8,7 +8,7 @@
 //	GET  /whoami        uid and effective capabilities
 //	GET  /space         bytes of the data volume's file system
 //	POST /die           end with exit status 3
-//	POST /reboot        ask the agent for a clean reboot
+//	ANY  /v1/...        the agent's API
 package main
 
 import (
@@ -18,6 +18,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/http/httputil"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,18 +61,13 @@ func main() {
 		}
 		fmt.Fprint(w, int64(st.Blocks)*st.Bsize)
 	})
-	http.HandleFunc("POST /reboot", func(w http.ResponseWriter, r *http.Request) {
-		agent := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	agent := &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", "agent" },
+		Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", "/run/holdfast/agent.sock")
-		}}}
-		resp, err := agent.Post("http://agent/v1/power/reboot", "", nil)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
-			return
-		}
-		defer resp.Body.Close()
-		io.Copy(w, resp.Body)
-	})
+		}},
+	}
+	http.Handle("/v1/", agent)
 	http.HandleFunc("POST /die", func(w http.ResponseWriter, r *http.Request) { os.Exit(3) })
 	log.Fatal(http.ListenAndServe(":80", nil))
 }
