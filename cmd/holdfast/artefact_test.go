@@ -36,6 +36,7 @@ const mebi = 1 << 20
 type testRelease struct {
 	product, version string
 	epoch            int64
+	noiseMiB         int64 // 0 is one
 }
 
 // makeRelease writes a release whose kernel is systemd-boot, which is an EFI
@@ -124,7 +125,7 @@ func writeTestRoot(to *bytes.Buffer, r testRelease) (image.Verity, error) {
 		return image.Verity{}, err
 	}
 	// Content that all releases share and that does not compress, so that a patch is worth it.
-	noise := make([]byte, mebi)
+	noise := make([]byte, max(r.noiseMiB, 1)*mebi)
 	if _, err := rand.NewChaCha8([32]byte{}).Read(noise); err != nil {
 		return image.Verity{}, err
 	}

@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 //	json TYPE                  the last standard output is one JSON object of that type
 //	flip FILE OFFSET           turn one byte over; from the end when negative
 //	cut FILE SIZE              shorten a file
-//	mkrelease KEYS FOLDER [VERSION [PRODUCT [EPOCH]]]
+//	mkrelease KEYS FOLDER [VERSION [PRODUCT [EPOCH [MIB]]]]
 //	                           a small release, signed with these keys
 //	mkdisk FILE [RELEASE [TRIES]]
 //	                           a disk, with the release in slot A, on trial with 3 tries; with 0 it is good
@@ -187,6 +187,9 @@ func scriptRelease(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if len(args) > 4 {
 		r.epoch = number(ts, args[4])
+	}
+	if len(args) > 5 {
+		r.noiseMiB = number(ts, args[5])
 	}
 	ts.Check(makeRelease(ts.MkAbs(args[0]), ts.MkAbs(args[1]), r))
 }
