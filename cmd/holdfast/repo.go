@@ -44,7 +44,7 @@ another machine. What waits for their signatures is in DIR.private/pending, and 
 with exit code 4.
 `
 
-// repoVerb is one word behind repo.
+// repoVerbs are the words behind repo.
 func repoVerbs() []verb {
 	return []verb{
 		{"init", repoInit}, {"root", repoRoot}, {"add", repoAdd}, {"rollout", repoRollout}, {"promote", repoPromote},
