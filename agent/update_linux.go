@@ -23,9 +23,9 @@ const (
 	// updateFallbackDir is for appliances without a data volume; it lasts until the next boot.
 	updateFallbackDir = "/run/holdfast/update"
 
-	// firstCheck is how long after its start the box asks for news, so that a
-	// street that gets its power back does not ask in one moment.
-	firstCheckMin = time.Minute
+	// firstCheckMin to firstCheckMax after its start the box asks for news, or a tenth
+	// of the time between two checks: a street that gets its power back does not ask in one moment.
+	firstCheckMin = 5 * time.Second
 	firstCheckMax = 10 * time.Minute
 	// retryMin to retryMax is the pause after a check that failed.
 	retryMin = time.Minute
@@ -153,7 +153,7 @@ func (u *Updater) follow(ctx context.Context, reboot func(version string)) {
 		return
 	}
 	every := time.Duration(u.Config.CheckSec) * time.Second
-	wait := firstCheckMin + rand.N(min(firstCheckMax, every))
+	wait := firstCheckMin + rand.N(min(firstCheckMax, every/10+1))
 	retry := retryMin
 	for sleep(ctx, wait) {
 		version, err := u.step(ctx)

@@ -361,7 +361,8 @@ func (u *Updater) Apply(ctx context.Context, src update.Source, name, want strin
 	if err == nil {
 		version = c.Release.Manifest.Version
 		entry.To = version
-		entry.FetchedBytes, err = u.install(ctx, c)
+		err = u.install(ctx, c)
+		entry.FetchedBytes = c.Fetched()
 	}
 	entry.Time, entry.Seconds = u.Now(), int64(u.Now().Sub(began).Seconds())
 	if err != nil {
@@ -404,44 +405,43 @@ var errUnfit = errors.New("this box cannot take it")
 
 // install writes the other slot. All that can be known beforehand is checked
 // before the first write.
-func (u *Updater) install(ctx context.Context, c *update.Candidate) (fetchedBytes int64, err error) {
+func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	if u.Blocked != nil {
-		return 0, fmt.Errorf("%w: %w", errUnfit, u.Blocked)
+		return fmt.Errorf("%w: %w", errUnfit, u.Blocked)
 	}
 	version := c.Release.Manifest.Version
 	u.set(func(r *UpdateStatus) { r.Doing = "installing " + version })
 	defer u.set(func(r *UpdateStatus) { r.Doing, r.DoneBytes, r.TotalBytes = "", 0, 0 })
 	disk, closer, err := u.OpenDisk()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer closer.Close()
 	other := u.Slot.Other()
 	root, err := u.rebuild(ctx, c, disk)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	contents, err := c.Contents(ctx, root.open)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	plan, err := disk.PlanSlot(other, contents, partition.WriteOptions{Tries: updateTries, Running: u.Slot, Time: u.Now(), SkipEqual: true})
 	if err != nil {
-		return 0, fmt.Errorf("%w: %w", errUnfit, err)
+		return fmt.Errorf("%w: %w", errUnfit, err)
 	}
 	u.state(func(s *update.State) {
 		s.Pending = &update.Pending{Slot: string(other), Version: version, RootHash: u.rootHash(c), Sequence: plan.Sequence(), Since: u.Now().UTC()}
 	})
 	u.Log.Info("installing", "version", version, "slot", other, "by", root.source, "fetch_bytes", root.fetchBytes)
 	reported := u.Now()
-	err = plan.Apply(ctx, func(done, total int64) {
+	return plan.Apply(ctx, func(done, total int64) {
 		u.set(func(r *UpdateStatus) { r.DoneBytes, r.TotalBytes = done, total })
 		if now := u.Now(); now.Sub(reported) >= progressTime {
 			reported = now
 			u.Log.Info("installing", "version", version, "percent", done*100/max(total, 1))
 		}
 	})
-	return root.fetchBytes, err
 }
 
 // progressTime is how often the console says how far an installation is.

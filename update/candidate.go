@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 )
 
@@ -16,6 +17,22 @@ type Candidate struct {
 	Release *Release
 	Target  Target
 	source  Source
+	fetched atomic.Int64
+}
+
+// Fetched is how many bytes of content were read from the source so far.
+func (c *Candidate) Fetched() int64 { return c.fetched.Load() }
+
+// counted adds what is read to a counter.
+type counted struct {
+	io.ReadCloser
+	n *atomic.Int64
+}
+
+func (r counted) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	r.n.Add(int64(n))
+	return n, err
 }
 
 // Has says whether the source has the blob. Of a server it is taken for granted.
@@ -75,7 +92,7 @@ func (c *Candidate) Range(ctx context.Context, b Blob, offset, length int64) (io
 		return nil, errors.Join(fmt.Errorf("blob %q: %w: the source has %d bytes, %d are signed for; it was damaged, or somebody changed it",
 			b.Role, ErrUntrusted, size, b.SizeBytes), r.Close())
 	}
-	return r, nil
+	return counted{r, &c.fetched}, nil
 }
 
 // nothing is no bytes, for which no request is made.

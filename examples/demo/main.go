@@ -1,6 +1,6 @@
-// Command demo shows an appliance from its spec to the recovery of its data:
-// it builds examples/etcd, boots it in a box with a TPM and the vendor's Secure
-// Boot keys, and says at each step what was proven. `make demo` runs it.
+// Command demo shows an appliance from its spec through its updates to the recovery
+// of its data: it builds examples/etcd, boots it in a box with a TPM and the vendor's
+// Secure Boot keys, and says at each step what was proven. `make demo` runs it.
 package main
 
 import (
@@ -14,7 +14,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -49,6 +48,7 @@ type demo struct {
 	box                       *hwtest.Box
 	vm                        *hwtest.VM
 	recovery                  string
+	web                       string // address of the repository, as the box sees it
 }
 
 func (d *demo) run(ctx context.Context) error {
@@ -60,6 +60,9 @@ func (d *demo) run(ctx context.Context) error {
 		{"First boot", "the box checks its TPM, makes its encrypted volume, seals the key and shows a recovery key once", d.firstBoot},
 		{"Write a record through the appliance's own service", "the service runs on the sealed volume", d.write},
 		{"Pull the plug and boot again", "the TPM opens the disk for the signed release, and what was written is there", d.again},
+		{"Publish version 2.0.0", "the box finds a signed release on a web server, installs it beside the old one and keeps it once it is healthy", d.updateOverHTTP},
+		{"Publish version 3.0.0, which does not start", "a release that does not get well is left by itself, and the box says why", d.updateThatFails},
+		{"Plug in a stick with version 4.0.0", "the same signatures, carried by hand to a box without a network", d.updateFromStick},
 		{"Move the disk to another box", "without this box's TPM the disk stays shut, and the prompt is no shell", d.swapTPM},
 		{"Type the recovery key", "recovery never needs the TPM, and the data is intact", d.recover},
 	}
@@ -77,7 +80,7 @@ func (d *demo) run(ctx context.Context) error {
 		}
 		fmt.Printf("   proven: %s (%.0f s)\n", s.proves, time.Since(start).Seconds())
 	}
-	fmt.Printf("\nAll of it in %.0f s. Look around with: %s inspect %s\n", time.Since(began).Seconds(), d.holdfast, filepath.Join(d.dir, "out"))
+	fmt.Printf("\nAll of it in %.0f s. Look around with: %s inspect %s\n", time.Since(began).Seconds(), d.holdfast, d.out("1.0.0"))
 	return nil
 }
 
@@ -88,13 +91,13 @@ func (d *demo) build(ctx context.Context) error {
 	if err := os.MkdirAll(d.dir, 0o755); err != nil {
 		return err
 	}
-	out := filepath.Join(d.dir, "out")
-	fmt.Printf("   $ holdfast build %s -o %s\n", d.spec, out)
-	cmd := exec.CommandContext(ctx, d.holdfast, "build", d.spec, "-o", out)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	if err := cmd.Run(); err != nil {
+	if err := d.openRepository(ctx); err != nil {
 		return err
 	}
+	if err := d.buildVersion(ctx, "1.0.0", nil); err != nil {
+		return err
+	}
+	out := d.out("1.0.0")
 	firmware, err := factoryKeys(d.keys)
 	if err != nil {
 		return err
