@@ -98,11 +98,11 @@ test: inputs $(SYSTEMD_ROOT)/.complete lint
 	$(GO) test -count=1 -timeout 40m -p 1 -parallel 2 $(BOOTING)
 
 # The long ones: power cuts of real boots, every state of simulated ones, fuzzing.
-CUTS ?= 20
+CUTS ?= 30
 FUZZTIME ?= 60s
 campaign: inputs
-	HOLDFAST_CAMPAIGN=1 $(GO) test -timeout 2h ./agent/... ./partition/... ./seal/...
-	HOLDFAST_CUTS=$(CUTS) $(GO) test -timeout 3h -parallel 2 -v -run TestPowerCutsDuringFirstBoot ./hwtest
+	HOLDFAST_CAMPAIGN=1 $(GO) test -timeout 2h ./agent/... ./partition/... ./seal/... ./update/...
+	HOLDFAST_CUTS=$(CUTS) $(GO) test -timeout 3h -parallel 2 -v -run TestPowerCuts ./hwtest
 	set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz || true); do \
 		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p; done; done
 
