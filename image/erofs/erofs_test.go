@@ -365,19 +365,6 @@ func TestReadMkfs(t *testing.T) {
 	}
 }
 
-// TestKernel asks Linux itself, where root and a kernel with EROFS are at hand.
-func TestKernel(t *testing.T) {
-	known, err := os.ReadFile("/proc/filesystems")
-	if err != nil || !strings.Contains(string(known), "\terofs\n") || os.Getuid() != 0 {
-		t.Skip("needs root and a kernel with EROFS; the boot tests mount the root too")
-	}
-	root := everything(t)
-	dir := t.TempDir()
-	run(t, tool(t, "mount", "mount"), "-t", "erofs", "-o", "loop,ro", save(t, write(t, root)), dir)
-	t.Cleanup(func() { run(t, tool(t, "umount", "mount"), dir) })
-	same(t, root, fromDisk(t, dir))
-}
-
 func TestRefusals(t *testing.T) {
 	loop := tree.NewDir(0o755)
 	loop.Set("self", loop)
