@@ -33,6 +33,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"runtime"
 	"slices"
 	"sync"
@@ -55,6 +56,8 @@ const (
 	maxFrameBytes = MaxFrameBlocks * BlockSize
 	maxCompressed = maxFrameBytes + maxFrameBytes/256 + 64 // what zstd makes of noise
 	maxTreeBytes  = 48 << 20
+	// packIndexRatio is how many blocks there are to a frame, by experience.
+	packIndexRatio = 16
 )
 
 // Fetcher reads a range of a blob. The reader gives at least length bytes; more are
@@ -204,11 +207,7 @@ func (p *planner) loadTree(ctx context.Context) error {
 		}
 	}
 	if p.loadPatch(ctx); p.patch != nil {
-		hashes, err := p.read(ctx, p.o.Patch, p.head.hashesAt(), int64(p.head.Blocks)*hashBytes)
-		if err != nil {
-			return fmt.Errorf("fetch hashes of the patch: %w", err)
-		}
-		if p.tree, err = treeFromRuns(p.old, p.patch.Runs, hashes, v); err == nil {
+		if p.tree, err = p.treeFromPatch(ctx); err == nil {
 			return nil
 		}
 		p.patch, p.stats.PatchUnused = nil, err
@@ -220,6 +219,14 @@ func (p *planner) loadTree(ctx context.Context) error {
 		return errors.Join(fmt.Errorf("fetch tree: %w", err), p.stats.PatchUnused)
 	}
 	return nil
+}
+
+func (p *planner) treeFromPatch(ctx context.Context) (*Tree, error) {
+	hashes, err := p.read(ctx, p.o.Patch, p.head.hashesAt(), int64(p.head.Blocks)*hashBytes)
+	if err != nil {
+		return nil, fmt.Errorf("fetch hashes of the patch: %w", err)
+	}
+	return treeFromRuns(p.old, p.patch.Runs, hashes, p.o.Verity)
 }
 
 func (r *Rebuild) fetchTree(ctx context.Context, size int64) (t *Tree, err error) {
@@ -272,52 +279,71 @@ func (r *Rebuild) count() {
 	}
 }
 
-// choose settles on the patch, where it fits, or the pack.
+// choose settles on the patch or the pack, whichever takes fewer bytes.
 func (p *planner) choose(ctx context.Context) (err error) {
 	r := p.Rebuild
 	r.stats.Source = SourcePack
 	if slices.ContainsFunc(r.copyOf, func(b uint32) bool { return b != noBlock }) {
 		r.stats.Source = SourceIndex
 	}
-	missing := r.missing()
+	missing := int64(0)
+	for range r.missingFrom(0) {
+		missing++
+	}
 	if missing == 0 {
 		return nil
 	}
 	if p.loadPatch(ctx); p.patch != nil {
 		if r.from, r.stats.PatchUnused = p.patchFrames(); r.stats.PatchUnused == nil {
-			r.stats.Source = SourcePatch
-			r.stats.BytesToFetch = r.from.need(r.patchNeeds())
-			return nil
+			index := r.stats.Source
+			r.stats.Source, r.stats.BytesToFetch = SourcePatch, r.from.need(r.patchNeeds())
+			return p.preferPack(ctx, index, missing)
 		}
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if r.from, err = r.loadPack(ctx); err != nil {
+	pack, err := r.loadPack(ctx)
+	if err != nil {
 		return fmt.Errorf("%d blocks are missing: %w", missing, errors.Join(err, r.stats.PatchUnused))
 	}
-	r.stats.BytesToFetch = r.from.need(func(yield func(uint32) bool) {
-		for i, from := range r.copyOf {
-			if from == noBlock && !r.inPlace[i] && !yield(uint32(i)) {
-				return
-			}
-		}
-	})
+	r.from, r.stats.BytesToFetch = pack.wanting(r.missingFrom(0))
 	return nil
 }
 
-func (r *Rebuild) missing() (n int64) {
-	for i, from := range r.copyOf {
-		if from == noBlock && !r.inPlace[i] {
-			n++
+// preferPack replaces the patch by the pack where that takes fewer bytes. A frame of a
+// patch holds up to 1 MiB, so after a power cut it may be a lot for the few blocks that
+// are missing still. To ask costs the pack's index.
+func (p *planner) preferPack(ctx context.Context, index Source, missing int64) error {
+	r := p.Rebuild
+	if cost := r.stats.BytesToFetch; cost < missing*BlockSize/4 || cost < 4*r.packIndexBytes() || r.o.Pack.Fetch == nil {
+		return nil
+	}
+	pack, err := r.loadPack(ctx)
+	if err != nil {
+		return ctx.Err() // the patch serves
+	}
+	if from, bytes := pack.wanting(r.missingFrom(0)); bytes < r.stats.BytesToFetch {
+		r.stats.PatchUnused = fmt.Errorf("the patch takes %d bytes, the pack %d", r.stats.BytesToFetch, bytes)
+		r.from, r.stats.Source, r.stats.BytesToFetch = from, index, bytes
+	}
+	return nil
+}
+
+// missingFrom yields the blocks from first on that neither slot has.
+func (r *Rebuild) missingFrom(first int64) iter.Seq[uint32] {
+	return func(yield func(uint32) bool) {
+		for i := first; i < r.tree.blocks; i++ {
+			if r.copyOf[i] == noBlock && !r.inPlace[i] && !yield(uint32(i)) {
+				return
+			}
 		}
 	}
-	return n
 }
 
 // patchNeeds yields those of the patch's blocks that are not in place. The patch has
 // the blocks that are not in the old image, in order, and numbers them from 0.
-func (r *Rebuild) patchNeeds() func(func(uint32) bool) {
+func (r *Rebuild) patchNeeds() iter.Seq[uint32] {
 	return func(yield func(uint32) bool) {
 		ordinal := uint32(0)
 		for i, from := range r.copyOf {
@@ -395,8 +421,7 @@ func (r *Rebuild) loadPack(ctx context.Context) (*frames, error) {
 		return nil, errors.New("there is no pack to take them from")
 	}
 	size := r.o.Pack.SizeBytes
-	// One entry for 32 blocks is about what there is; if it is not enough the rest is fetched.
-	tail, err := r.tail(ctx, min(size, seekFooterBytes+8+r.tree.blocks/32*seekEntryBytes))
+	tail, err := r.tail(ctx, min(size, r.packIndexBytes()))
 	if err != nil {
 		return nil, fmt.Errorf("fetch pack index: %w", err)
 	}
@@ -418,6 +443,11 @@ func (r *Rebuild) loadPack(ctx context.Context) (*frames, error) {
 	}
 	r.pack, err = t.frames(r.o.Pack, need)
 	return r.pack, err
+}
+
+// packIndexBytes is about the size of the pack's index; what it lacks is fetched after it.
+func (r *Rebuild) packIndexBytes() int64 {
+	return seekHeaderBytes + r.tree.blocks/packIndexRatio*seekEntryBytes + seekFooterBytes
 }
 
 func (r *Rebuild) tail(ctx context.Context, n int64) ([]byte, error) {

@@ -508,6 +508,88 @@ func TestServers(t *testing.T) {
 	}
 }
 
+// brokenOff is a server whose connections end early: fetch has good send about half of
+// what is asked, but for requests below small, and none at all from dead on.
+func brokenOff(good delta.Fetcher, dead int64) delta.Fetcher {
+	return func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+		if off >= dead {
+			return nil, errors.New("gone")
+		}
+		b, err := good(ctx, off, n)
+		if err != nil || n < 100_000 && off+n <= dead {
+			return b, err
+		}
+		return struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(b, min(n/2+100_000, dead-off)), b}, nil
+	}
+}
+
+// TestBrokenOff: a range that breaks off is gone on with, of the same blob.
+func TestBrokenOff(t *testing.T) {
+	was, is, patch := pair(t)
+	for _, p := range [][]byte{patch, nil} {
+		var s server
+		o := s.options(is, p)
+		o.Pack.Fetch = brokenOff(o.Pack.Fetch, o.Pack.SizeBytes)
+		if p != nil {
+			o.Old, o.OldVerity, o.Pack = bytes.NewReader(was.root), was.v, delta.Blob{}
+			o.Patch.Fetch = brokenOff(o.Patch.Fetch, o.Patch.SizeBytes)
+		}
+		mustRebuild(t, o, is)
+		if n := len(s.ranges["pack"]) + len(s.ranges["patch"]); n < 4 {
+			t.Errorf("only %d requests: nothing broke off", n)
+		}
+	}
+}
+
+// TestPatchLost: a patch of which only a beginning can be had is as good as none, at
+// whatever byte it ends, and what it gave until then is not fetched again.
+func TestPatchLost(t *testing.T) {
+	was, is, patch := pair(t)
+	first := int64(-1)
+	for dead := int64(0); dead < int64(len(patch)); dead += int64(len(patch))/40 + 1 {
+		var s server
+		o := s.options(is, patch)
+		o.Old, o.OldVerity = bytes.NewReader(was.root), was.v
+		o.Patch.Fetch = brokenOff(o.Patch.Fetch, dead)
+		mustRebuild(t, o, is)
+		got := s.bytes("pack")
+		if first < 0 {
+			first = got
+		}
+		if got == 0 || got > first {
+			t.Errorf("patch ends at byte %d: %d bytes of the pack fetched, without a patch %d", dead, got, first)
+		}
+		o.Pack = delta.Blob{}
+		if _, _, err := rebuild(t.Context(), o); err == nil {
+			t.Errorf("patch ends at byte %d: no error without a pack", dead)
+		}
+	}
+}
+
+// TestFewMissing: after a power cut near the end a frame of the patch costs more than
+// those of the pack with what is missing.
+func TestFewMissing(t *testing.T) {
+	root := func(seed uint64) release {
+		return build(t, files(t, map[string][]byte{"/a": text(seed, 3_000_000)}), "salt")
+	}
+	was, is := root(1), root(2)
+	patch := makePatch(t, was, is)
+	target := bytes.Clone(is.root)
+	clear(target[is.v.DataBlocks*4096-20_000:])
+	var s server
+	o := s.options(is, patch)
+	o.Old, o.OldVerity, o.Target = bytes.NewReader(was.root), was.v, bytes.NewReader(target)
+	if stats := mustRebuild(t, o, is); stats.Source == delta.SourcePatch || stats.PatchUnused == nil {
+		t.Errorf("source %s to fetch %d bytes", stats.Source, stats.BytesToFetch)
+	}
+	if got := s.bytes("pack"); got > 100_000 {
+		t.Errorf("%d bytes of the pack fetched for 5 blocks", got)
+	}
+}
+
 // TestCancel: a stream ends with its context, and Close returns though the server hangs.
 func TestCancel(t *testing.T) {
 	_, is, _ := pair(t)

@@ -71,6 +71,14 @@ func (f *frames) find(number uint32) int {
 	return sort.Search(len(f.all), func(i int) bool { return f.all[i].first > number }) - 1
 }
 
+// wanting is f for other blocks, and what fetching them takes.
+func (f *frames) wanting(blocks iter.Seq[uint32]) (*frames, int64) {
+	g := *f
+	g.needed = nil
+	bytes := g.need(blocks)
+	return &g, bytes
+}
+
 // need notes the frames of the given blocks, which ascend, and counts the bytes that
 // fetching them takes.
 func (f *frames) need(blocks iter.Seq[uint32]) (bytes int64) {
@@ -111,60 +119,84 @@ type packed struct {
 	err   error
 }
 
-// fetch sends the needed frames in order until the context ends. Buffers come back
-// through free.
-func (r *Rebuild) fetch(ctx context.Context, out chan<- packed, free <-chan []byte) {
-	defer close(out)
-	send := func(p packed) bool {
-		select {
-		case out <- p:
-			return p.err == nil
-		case <-ctx.Done():
-			return false
+// fetcher gets the needed frames of one blob.
+type fetcher struct {
+	r    *Rebuild
+	from *frames
+	out  chan packed
+	free chan []byte // buffers that the decoder is done with
+}
+
+// run sends the needed frames in order until the context ends. A range that breaks
+// off is asked for once more, from the frame in which it did.
+func (f fetcher) run(ctx context.Context) {
+	defer close(f.out)
+	failed := 0 // how often in a row without a frame
+	for rest := f.from.needed; len(rest) > 0; {
+		n, length := f.from.request(rest)
+		got, err := f.get(ctx, rest[:n], length)
+		rest = rest[got:]
+		if got > 0 {
+			failed = 0
 		}
-	}
-	for rest := r.from.needed; len(rest) > 0; {
-		n, length := r.from.request(rest)
-		if !r.fetchRange(ctx, rest[:n], length, send, free) {
+		if err == nil {
+			continue
+		}
+		if failed++; failed == 2 || ctx.Err() != nil {
+			f.send(ctx, packed{err: err})
 			return
 		}
-		rest = rest[n:]
 	}
 }
 
-func (r *Rebuild) fetchRange(ctx context.Context, wanted []int, length int64, send func(packed) bool, free <-chan []byte) bool {
-	at := r.from.all[wanted[0]].offset
-	fail := func(err error) bool {
-		return send(packed{err: fmt.Errorf("fetch bytes %d to %d of the %s: %w", at, at+length, r.from.source, err)})
+// send says whether the context went on for long enough.
+func (f fetcher) send(ctx context.Context, p packed) bool {
+	select {
+	case f.out <- p:
+		return true
+	case <-ctx.Done():
+		return false
 	}
-	body, err := r.open(ctx, r.from.blob, at, length)
+}
+
+// get sends the wanted frames, which are in one range, and says how many it has sent.
+func (f fetcher) get(ctx context.Context, wanted []int, length int64) (sent int, err error) {
+	at := f.from.all[wanted[0]].offset
+	defer func(from int64) {
+		if err != nil {
+			err = fmt.Errorf("fetch bytes %d to %d of the %s, broken off at %d: %w", from, from+length, f.from.source, at, err)
+		}
+	}(at)
+	body, err := f.r.open(ctx, f.from.blob, at, length)
 	if err != nil {
-		return fail(err)
+		return 0, err
 	}
 	// Reading went well or its error is told; that closing fails changes nothing.
 	defer func() { _ = body.Close() }()
 	for _, i := range wanted {
-		f := &r.from.all[i]
-		if _, err := io.CopyN(io.Discard, body, f.offset-at); err != nil {
-			return fail(err)
+		x := &f.from.all[i]
+		if _, err := io.CopyN(io.Discard, body, x.offset-at); err != nil {
+			return sent, err
 		}
-		at = f.offset
+		at = x.offset
 		var buf []byte
 		select {
-		case buf = <-free:
+		case buf = <-f.free:
 		case <-ctx.Done():
-			return false
+			return sent, ctx.Err()
 		}
-		buf = slices.Grow(buf[:0], int(f.SizeBytes))[:f.SizeBytes]
+		buf = slices.Grow(buf[:0], int(x.SizeBytes))[:x.SizeBytes]
 		if _, err := io.ReadFull(body, buf); err != nil {
-			return fail(err)
+			f.free <- buf // it came from there, so there is room
+			return sent, err
 		}
-		at += int64(f.SizeBytes)
-		if !send(packed{frame: f, data: buf}) {
-			return false
+		at += int64(x.SizeBytes)
+		if !f.send(ctx, packed{frame: x, data: buf}) {
+			return sent, ctx.Err()
 		}
+		sent++
 	}
-	return true
+	return sent, nil
 }
 
 // stream hands the image out.
@@ -181,8 +213,8 @@ type stream struct {
 	tail    bool   // the tree has been handed out
 	err     error
 
-	in   <-chan packed
-	free chan []byte
+	from  *frames // what is fetched: r.from, until a patch is given up
+	fetch fetcher
 
 	plain, withDict decoder
 	dict            []byte
@@ -208,23 +240,41 @@ func (r *Rebuild) Open(ctx context.Context) (io.ReadCloser, error) {
 	}
 	s := &stream{r: r, hash: r.tree.newHasher(), batch: make([]byte, batchBlocks*BlockSize), plain: plain, withDict: withDict}
 	s.ctx, s.cancel = context.WithCancel(ctx)
-	if r.from == nil {
-		return s, nil
+	if r.from != nil {
+		s.start(r.from)
 	}
-	in := make(chan packed, prefetched)
-	s.in, s.free = in, make(chan []byte, prefetched+1)
-	for range cap(s.free) {
-		s.free <- nil // made when first needed
-	}
-	go r.fetch(s.ctx, in, s.free)
 	return s, nil
+}
+
+// start begins to fetch what is needed of a blob.
+func (s *stream) start(from *frames) {
+	s.from, s.current = from, nil
+	s.fetch = fetcher{s.r, from, make(chan packed, prefetched), make(chan []byte, prefetched+1)}
+	for range cap(s.fetch.free) {
+		s.fetch.free <- nil // made when first needed
+	}
+	go s.fetch.run(s.ctx)
+}
+
+// leavePatch goes on with the pack from block i on, because the patch cannot be had.
+func (s *stream) leavePatch(i int64, cause error) error {
+	if s.from.source != SourcePatch || s.ctx.Err() != nil {
+		return cause
+	}
+	pack, err := s.r.loadPack(s.ctx)
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	own, _ := pack.wanting(s.r.missingFrom(i))
+	s.start(own)
+	return nil
 }
 
 // Close stops fetching and waits until it has stopped.
 func (s *stream) Close() error {
 	s.cancel()
-	if s.in != nil {
-		for range s.in { //nolint:revive // only until it is closed
+	if s.from != nil {
+		for range s.fetch.out { //nolint:revive // only until it is closed
 		}
 	}
 	s.plain.Close()
@@ -330,28 +380,34 @@ func readBlocks(slot io.ReaderAt, first int64, into []byte) {
 
 // loadFrame takes a block from the frame that holds it.
 func (s *stream) loadFrame(i int64, into []byte) error {
-	number := uint32(i)
-	if s.r.from.source == SourcePatch {
-		number = s.ordinal
-		s.ordinal++
-	}
-	for s.current == nil || number >= s.current.first+s.current.Blocks {
-		p, ok := <-s.in
-		if !ok {
-			return errors.Join(fmt.Errorf("rebuild block %d: the %s has no frame for it", i, s.r.from.source), s.ctx.Err())
+	number := func() uint32 {
+		if s.from.source == SourcePatch {
+			return s.ordinal
 		}
-		if p.err != nil {
-			return fmt.Errorf("rebuild block %d: %w", i, p.err)
-		}
-		s.current = p.frame
-		s.content, s.broken = s.unpack(p.frame, p.data, s.content)
-		s.free <- p.data
+		return uint32(i)
 	}
+	for s.current == nil || number() >= s.current.first+s.current.Blocks {
+		p, ok := <-s.fetch.out
+		switch {
+		case !ok:
+			return errors.Join(fmt.Errorf("rebuild block %d: the %s has no frame for it", i, s.from.source), s.ctx.Err())
+		case p.err != nil:
+			if err := s.leavePatch(i, p.err); err != nil {
+				return fmt.Errorf("rebuild block %d: %w", i, err)
+			}
+		default:
+			s.current = p.frame
+			s.content, s.broken = s.unpack(p.frame, p.data, s.content)
+			s.fetch.free <- p.data
+		}
+	}
+	at := number() - s.current.first
+	s.ordinal++
 	if s.broken != nil {
 		clear(into)
 		return nil
 	}
-	copy(into, s.content[(number-s.current.first)*BlockSize:])
+	copy(into, s.content[at*BlockSize:])
 	return nil
 }
 
@@ -396,11 +452,11 @@ func (s *stream) repair(i int64, block []byte) error {
 			}
 		}
 	case r.copyOf[i] == noBlock:
-		where = fmt.Sprintf("the frame at byte %d of the %s", s.current.offset, r.from.source)
+		where = fmt.Sprintf("the frame at byte %d of the %s", s.current.offset, s.from.source)
 		if s.broken != nil {
 			where += fmt.Sprintf(" (%v)", s.broken)
 		}
-		if r.from.source == SourcePack {
+		if s.from.source == SourcePack {
 			return fmt.Errorf("rebuild block %d: %s does not have it: the blob is damaged, was swapped, or is of another release", i, where)
 		}
 	}
