@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -57,7 +56,7 @@ func OpenBundle(r io.ReaderAt, size int64, identities ...age.Identity) (*Bundle,
 	magic := make([]byte, len(ageMagic))
 	if _, err := r.ReadAt(magic, 0); err == nil && string(magic) == ageMagic {
 		if len(identities) == 0 {
-			return nil, errors.New("open bundle: it is encrypted and there is no key to open it with")
+			return nil, fmt.Errorf("open bundle: %w", ErrEncrypted)
 		}
 		plain, n, err := age.DecryptReaderAt(r, size, identities...)
 		if err != nil {

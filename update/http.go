@@ -57,6 +57,10 @@ func NewHTTP(base string, o HTTPOptions) (*HTTP, error) {
 	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fmt.Errorf("repository address %q: give it as https://HOST/PATH", u.Redacted())
 	}
+	return newHTTP(u, o), nil
+}
+
+func newHTTP(base *url.URL, o HTTPOptions) *HTTP {
 	if o.MinBytesPerSec == 0 {
 		o.MinBytesPerSec = 512
 	}
@@ -87,7 +91,7 @@ func NewHTTP(base string, o HTTPOptions) (*HTTP, error) {
 		},
 		CheckRedirect: checkRedirect,
 	}
-	return &HTTP{base: u, client: client, o: o}, nil
+	return &HTTP{base: base, client: client, o: o}
 }
 
 func checkRedirect(r *http.Request, via []*http.Request) error {
@@ -109,11 +113,29 @@ func (h *HTTP) Fetch(ctx context.Context, path string, offset, length int64) (io
 	if _, _, err := classify(path); err != nil {
 		return nil, 0, err
 	}
+	return h.open(ctx, resource{path: path, url: h.base.JoinPath(path)}, offset, length)
+}
+
+// resource is one thing on a server.
+type resource struct {
+	path   string // as errors have it
+	url    *url.URL
+	accept string // media type; "" is any
+	// registry, when set, is whose it is: it wants tokens, sends for blobs wherever it
+	// likes, and knows closed ranges only.
+	registry *tokens
+	// hashed says that url holds the content's hash, so that an entity tag, which
+	// differs from one server of a content network to the next, adds nothing.
+	hashed bool
+}
+
+// open is Fetch of any resource.
+func (h *HTTP) open(ctx context.Context, what resource, offset, length int64) (io.ReadCloser, int64, error) {
 	if offset < 0 {
-		return nil, 0, fmt.Errorf("%s: offset %d", path, offset)
+		return nil, 0, fmt.Errorf("%s: offset %d", what.path, offset)
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	r := &httpReader{h: h, ctx: ctx, cancel: cancel, path: path, at: offset, end: -1, size: -1}
+	r := &httpReader{resource: what, h: h, ctx: ctx, cancel: cancel, at: offset, end: -1, size: -1}
 	if length >= 0 {
 		r.end = offset + length
 	}
@@ -125,10 +147,10 @@ func (h *HTTP) Fetch(ctx context.Context, path string, offset, length int64) (io
 
 // httpReader is one file, over as many connections as it takes.
 type httpReader struct {
+	resource
 	h      *HTTP
 	ctx    context.Context
 	cancel context.CancelFunc
-	path   string
 	at     int64 // of the next byte
 	end    int64 // -1 until it is known
 	size   int64 // -1 when it is not known
@@ -179,15 +201,62 @@ func pause(ctx context.Context, d time.Duration) error {
 }
 
 func (r *httpReader) request() error {
-	req, err := http.NewRequestWithContext(r.ctx, http.MethodGet, r.h.base.JoinPath(r.path).String(), nil)
+	resp, err := r.send()
 	if err != nil {
-		return permanent{err}
+		return err
+	}
+	if err := r.judge(resp); err != nil {
+		return errors.Join(err, resp.Body.Close())
+	}
+	r.body = resp.Body
+	return nil
+}
+
+// send asks once, or with a registry's token once more when it wants another.
+func (r *httpReader) send() (*http.Response, error) {
+	token := ""
+	if r.registry != nil {
+		token = r.registry.current()
+	}
+	resp, err := r.sendWith(token)
+	if err != nil || r.registry == nil || resp.StatusCode != http.StatusUnauthorized || resp.Request.URL.Host != r.url.Host {
+		return resp, err
+	}
+	challenges := resp.Header.Values("WWW-Authenticate")
+	if err := resp.Body.Close(); err != nil {
+		return nil, err
+	}
+	if token, err = r.registry.renew(r.ctx, r.h, challenges); err != nil {
+		return nil, err
+	}
+	return r.sendWith(token)
+}
+
+// newRequest is a GET request with the headers that all have.
+func (h *HTTP) newRequest(ctx context.Context, u *url.URL) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return nil, permanent{err}
 	}
 	req.Header.Set("Accept-Encoding", "identity")
-	if r.h.o.UserAgent != "" {
-		req.Header.Set("User-Agent", r.h.o.UserAgent)
+	if h.o.UserAgent != "" {
+		req.Header.Set("User-Agent", h.o.UserAgent)
 	}
-	if r.at > 0 || r.end >= 0 {
+	return req, nil
+}
+
+func (r *httpReader) sendWith(token string) (*http.Response, error) {
+	req, err := r.h.newRequest(r.ctx, r.url)
+	if err != nil {
+		return nil, err
+	}
+	if r.accept != "" {
+		req.Header.Set("Accept", r.accept)
+	}
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token) // which no redirect takes to another host
+	}
+	if r.end >= 0 || r.at > 0 && r.registry == nil {
 		last := ""
 		if r.end >= 0 {
 			last = strconv.FormatInt(max(r.end-1, r.at), 10)
@@ -197,19 +266,11 @@ func (r *httpReader) request() error {
 			req.Header.Set("If-Range", r.etag)
 		}
 	}
-	resp, err := r.h.client.Do(req)
-	if err != nil {
-		return err
-	}
-	if err := r.accept(resp); err != nil {
-		return errors.Join(err, resp.Body.Close())
-	}
-	r.body = resp.Body
-	return nil
+	return r.h.client.Do(req)
 }
 
-// accept takes a response's size and leaves its body at r.at.
-func (r *httpReader) accept(resp *http.Response) error {
+// judge takes a response's size and leaves its body at r.at.
+func (r *httpReader) judge(resp *http.Response) error {
 	size, skip := resp.ContentLength, r.at
 	switch {
 	case resp.StatusCode == http.StatusOK:
@@ -222,6 +283,8 @@ func (r *httpReader) accept(resp *http.Response) error {
 		size, skip = total, 0
 	case resp.StatusCode == http.StatusRequestedRangeNotSatisfiable:
 		return permanent{fmt.Errorf("offset %d is outside the file (%s)", r.at, resp.Status)}
+	case r.registry != nil && (resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden):
+		return permanent{fmt.Errorf("the registry does not give it to everybody (%s); a device has no account there: make the repository public", resp.Status)}
 	case resp.StatusCode == http.StatusNotFound, resp.StatusCode == http.StatusGone, resp.StatusCode == http.StatusForbidden:
 		return permanent{fmt.Errorf("%w (%s)", ErrNotFound, resp.Status)}
 	case resp.StatusCode >= 500, resp.StatusCode == http.StatusTooManyRequests, resp.StatusCode == http.StatusRequestTimeout:
@@ -230,7 +293,7 @@ func (r *httpReader) accept(resp *http.Response) error {
 		return permanent{errors.New(resp.Status)}
 	}
 	etag := resp.Header.Get("ETag")
-	if strings.HasPrefix(etag, "W/") {
+	if strings.HasPrefix(etag, "W/") || r.hashed {
 		etag = "" // says nothing of single bytes
 	}
 	if r.size >= 0 && size != r.size || r.etag != "" && etag != r.etag {

@@ -86,6 +86,12 @@ func classify(path string) (class, int64, error) {
 	return 0, 0, fmt.Errorf("%.100q is not a path of a repository", path)
 }
 
+// ValidPath says whether a repository can have a file of that path.
+func ValidPath(path string) bool {
+	_, _, err := classify(path)
+	return err == nil
+}
+
 // validHash accepts the one spelling of a SHA-256: 64 lower-case hex digits.
 func validHash(s string) bool {
 	b, err := hex.DecodeString(s)

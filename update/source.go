@@ -12,7 +12,7 @@ import (
 )
 
 // Source is where a repository's files come from. Implementations are [Dir],
-// [HTTP] and [Bundle].
+// [HTTP], [OCI] and [Bundle].
 type Source interface {
 	// Fetch opens length bytes of the file at path from offset, or all that
 	// follows when length is negative. size is that of the whole file, or -1 when

@@ -24,7 +24,8 @@
 //
 // The custom field of a target repeats what a device needs to choose ([Target]), so
 // that choosing needs no other file. A bundle is the same files, of one release, in
-// one tar file; see [OpenBundle]. A [Source] is any of these.
+// one tar file; see [OpenBundle]. A container registry can hold them too; see [OCI].
+// A [Source] is any of these.
 //
 // # What a device does
 //
@@ -69,6 +70,8 @@ var (
 	// ErrOlder marks metadata that is older than what the device has seen: an old
 	// stick, or somebody who brings back old releases.
 	ErrOlder = errors.New("older than what this device has seen")
+	// ErrEncrypted marks a bundle that is encrypted, and no key was given.
+	ErrEncrypted = errors.New("it is encrypted and there is no key to open it with")
 	// ErrSlow marks a server that sends less than the least rate.
 	ErrSlow = errors.New("too slow")
 )

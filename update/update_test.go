@@ -123,7 +123,7 @@ func TestRolloutAndSticks(t *testing.T) {
 	v.next()
 	for _, kind := range kinds {
 		a, err := newUnit(t, v).check(v.source(kind))
-		if err != nil || (a.Candidate == nil) != (kind == "server") {
+		if err != nil || (a.Candidate == nil) != (kind == "server" || kind == "registry") {
 			t.Errorf("%s: %+v, %v", kind, a, err)
 		}
 	}

@@ -317,7 +317,7 @@ func httpSource(t testing.TB, url string) *HTTP {
 }
 
 // kinds are the sources that every attack is tried against.
-var kinds = []string{"folder", "server", "bundle"}
+var kinds = []string{"folder", "server", "bundle", "registry"}
 
 func (v *vendor) source(kind string) Source {
 	v.t.Helper()
@@ -332,6 +332,18 @@ func (v *vendor) source(kind string) Source {
 	case "server":
 		s, _ := v.server()
 		return httpSource(v.t, s.URL)
+	case "registry":
+		files := maps.Clone(v.files)
+		host, _ := newRegistry(v.t, registryFront(func(w http.ResponseWriter, r *http.Request) bool {
+			_, hash, _ := strings.Cut(r.URL.Path, "/blobs/sha256:")
+			b, ok := files[BlobPath(hash)]
+			if ok = ok && digest(b) != hash; ok { // an attack that no registry would take
+				http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(b))
+			}
+			return ok
+		}).before)
+		v.push(host)
+		return ociSource(v.t, host, HTTPOptions{})
 	}
 	b := v.bundle()
 	s, err := OpenBundle(bytes.NewReader(b), int64(len(b)))

@@ -213,7 +213,7 @@ func openBundle(ctx context.Context, p *progress, path, root, identity string) (
 	seen := &watched{r: interruptible{ctx, file}, step: build.Step{What: "check " + filepath.Base(path), TotalBytes: file.Size()}, progress: p.step}
 	bundle, err := update.OpenBundle(seen, file.Size(), identities...)
 	if err != nil {
-		if identity == "" && !errors.Is(err, update.ErrUntrusted) {
+		if errors.Is(err, update.ErrEncrypted) {
 			err = hinted{err, "give the key with --identity FILE"}
 		}
 		return nil, err
