@@ -104,11 +104,11 @@ func (s *system) answerUpdate(w http.ResponseWriter, r *http.Request) {
 	switch action := r.PathValue("action"); action {
 	case "":
 	case "check":
-		err = u.checkFrom(r.Context(), path, want)
+		err = u.CheckFrom(r.Context(), path, want)
 	case "apply":
 		// It goes on when who asked hangs up: half an installation helps nobody.
 		var version string
-		version, err = u.applyFrom(context.WithoutCancel(r.Context()), path, want)
+		version, err = u.ApplyFrom(context.WithoutCancel(r.Context()), path, want)
 		if err == nil && q.Get("reboot") == "window" {
 			go u.rebootInWindow(context.WithoutCancel(r.Context()), func() { s.requestPower(true, "to start release "+version) })
 		}

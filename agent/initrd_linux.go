@@ -233,6 +233,7 @@ func (i *initrd) openVolumes() error {
 		OpenTPM:    waitForTPM,
 		Signatures: func() ([]byte, error) { return os.ReadFile(signaturesPath) },
 		SecureBoot: secureBootEnforced,
+		OnTrial:    i.onTrial(),
 		EventLog:   func() ([]byte, error) { return os.ReadFile(eventLogPath) },
 	}
 	if err := m.EnterPhase(phaseEnterInitrd); err != nil {
@@ -246,6 +247,23 @@ func (i *initrd) openVolumes() error {
 		return err
 	}
 	return m.Leave(&i.status)
+}
+
+// onTrial says whether this slot's boots are counted and the other slot is good.
+func (i *initrd) onTrial() bool {
+	entries, err := i.disk.Entries()
+	if err != nil {
+		return false
+	}
+	own, other := false, false
+	for _, e := range entries {
+		if string(e.Slot) == i.status.Slot {
+			own = own || e.Counted
+		} else {
+			other = other || e.Good()
+		}
+	}
+	return own && other
 }
 
 // dataPartitions finds the volumes' partitions by name on the root's own disk,

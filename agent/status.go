@@ -38,6 +38,9 @@ type Status struct {
 	Update *UpdateStatus `json:"update,omitempty"`
 
 	Boot BootTimes `json:"boot"`
+	// ResidentBytes is the agent's memory now, PeakBytes the most it has had.
+	ResidentBytes int64 `json:"resident_bytes,omitempty"`
+	PeakBytes     int64 `json:"peak_bytes,omitempty"`
 }
 
 // SlotStatus is one installed release.

@@ -221,6 +221,7 @@ func (s *system) status() *Status {
 		}
 		disk.close()
 	}
+	out.ResidentBytes, out.PeakBytes = ownMemory()
 	if s.updater != nil {
 		u := s.updater.Status()
 		out.Update = &u
@@ -236,6 +237,24 @@ func (s *system) status() *Status {
 		}
 	}
 	return &out
+}
+
+// ownMemory is what the kernel says of this process (proc(5)); zero when it does not.
+func ownMemory() (resident, peak int64) {
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, 0
+	}
+	for line := range strings.Lines(string(text)) {
+		var kib int64
+		if n, _ := fmt.Sscanf(line, "VmRSS: %d kB", &kib); n == 1 {
+			resident = kib << 10
+		}
+		if n, _ := fmt.Sscanf(line, "VmHWM: %d kB", &kib); n == 1 {
+			peak = kib << 10
+		}
+	}
+	return resident, peak
 }
 
 // shutDown runs onshutdown in reverse, closes the data volumes and ends the

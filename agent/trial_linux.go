@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"time"
 
@@ -186,7 +187,14 @@ func Bless(s *Status) error {
 		return err
 	}
 	defer disk.close()
-	return disk.disk.Bless(disk.slot)
+	if err := disk.disk.Bless(disk.slot); err != nil {
+		return err
+	}
+	u, err := OpenUpdater(slog.Default())
+	if u != nil {
+		u.Commit()
+	}
+	return err
 }
 
 const (

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -31,6 +32,20 @@ const (
 	retryMin = time.Minute
 	retryMax = 2 * time.Hour
 )
+
+// OpenUpdater is the updater after a hand-off to another init, where no agent runs;
+// nil in a release that takes no updates. It has settled what went before.
+func OpenUpdater(log *slog.Logger) (*Updater, error) {
+	s := &system{log: log}
+	if err := s.load(); err != nil {
+		return nil, err
+	}
+	u, err := s.newUpdater()
+	if u == nil || err != nil {
+		return nil, err
+	}
+	return u, u.Settle()
+}
 
 // newUpdater is nil, nil in a release that takes no updates.
 func (s *system) newUpdater() (*Updater, error) {
@@ -126,8 +141,9 @@ func (u *Updater) sourceName(path string) string {
 	return path
 }
 
-// checkFrom and applyFrom are Check and Apply with a path; see openSource.
-func (u *Updater) checkFrom(ctx context.Context, path, want string) error {
+// CheckFrom is Check with a path: none is the spec's repository, a folder is one too,
+// a file is a bundle.
+func (u *Updater) CheckFrom(ctx context.Context, path, want string) error {
 	src, closer, err := u.openSource(path)
 	if err != nil {
 		return err
@@ -137,7 +153,8 @@ func (u *Updater) checkFrom(ctx context.Context, path, want string) error {
 	return err
 }
 
-func (u *Updater) applyFrom(ctx context.Context, path, want string) (version string, err error) {
+// ApplyFrom is Apply with a path, as [Updater.CheckFrom] has it.
+func (u *Updater) ApplyFrom(ctx context.Context, path, want string) (version string, err error) {
 	src, closer, err := u.openSource(path)
 	if err != nil {
 		return "", err
@@ -174,9 +191,9 @@ func (u *Updater) follow(ctx context.Context, reboot func(version string)) {
 // step is one check; version is what it installed.
 func (u *Updater) step(ctx context.Context) (version string, err error) {
 	if u.Config.Automatic {
-		return u.applyFrom(ctx, "", "")
+		return u.ApplyFrom(ctx, "", "")
 	}
-	return "", u.checkFrom(ctx, "", "")
+	return "", u.CheckFrom(ctx, "", "")
 }
 
 // sleep says whether the time passed before ctx ended.

@@ -247,7 +247,7 @@ func (u *Updater) noteBroken(entries []partition.Entry) {
 }
 
 // silent is the reason when a release left none.
-const silent = "none of its boots came so far as to say why: a panic, the watchdog, or power lost"
+const silent = "none of its boots came so far as to say why: a panic, the watchdog, power lost, or the TPM did not open the data"
 
 func (u *Updater) fellBack(p *update.Pending) {
 	reason := p.Reason

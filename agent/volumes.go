@@ -66,6 +66,10 @@ type Machine struct {
 	SecureBoot func() (bool, error)
 	// EventLog is the firmware's, for explanations only.
 	EventLog func() ([]byte, error)
+	// OnTrial says that this release has yet to prove itself and another one is good.
+	// Then a TPM that refuses ends the boot, instead of a wait for somebody with the
+	// recovery key: the other release may open the volumes, and asks if it cannot.
+	OnTrial bool
 	// Root is where the release's root is mounted; volumes go below it.
 	Root string
 	// Rand defaults to crypto/rand.
@@ -203,6 +207,9 @@ func (m *Machine) unlock(b image.Boot, vols []*volume) error {
 	}
 	if err != nil {
 		m.Log.Warn("the TPM does not open the data volumes", "reason", err)
+		if m.OnTrial {
+			return fmt.Errorf("a release on trial whose data volumes stay closed is left: %w", err)
+		}
 		if err := m.recover(vols, err); err != nil {
 			return err
 		}

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/holdfast-os/holdfast/hwtest"
 	"github.com/holdfast-os/holdfast/image/build"
 	"github.com/holdfast-os/holdfast/image/spec"
 	"github.com/holdfast-os/holdfast/partition"
@@ -106,6 +107,26 @@ func TestPanickingReleaseFallsBack(t *testing.T) {
 	m.PowerOn()
 	m.Expect(`starting name=probe version=2.0.1`, bootTime)
 	m.Expect(`Kernel panic`, bootTime)
+	m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// TestTrialWithRefusingTPM: a release on trial that cannot open the data does not
+// wait for somebody with the recovery key; the good one does.
+func TestTrialWithRefusingTPM(t *testing.T) {
+	t.Parallel()
+	next := buildRelease(t, t.TempDir(), theProduct(t).keys, "2.0.2", nil)
+	m, box := aBox(t, true)
+	install(t, m.Disk, next, 1)
+	if err := m.ReplaceTPM(hwtest.TPM20); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(`starting name=probe version=2.0.2`, bootTime)
+	m.Expect(`a release on trial whose data volumes stay closed is left`, bootTime)
+	m.Expect(`starting name=probe version=1.0.0`, bootTime)
+	m.Expect(promptPattern, bootTime)
+	m.Send(box.recovery + "\n")
 	m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
 	wantRecord(t, m, "first", "kept")
 }

@@ -142,6 +142,29 @@ func updateStatus(t *testing.T, m *hwtest.Machine) agent.UpdateStatus {
 	return s
 }
 
+// The bars for the agent's memory: at rest, and over an installation.
+const (
+	maxResidentBytes = 40e6
+	maxPeakBytes     = 64e6
+)
+
+// checkMemory asks the agent in the box for its memory.
+func checkMemory(t *testing.T, m *hwtest.Machine, when string) {
+	t.Helper()
+	text, err := call(m, http.MethodGet, "/v1/status", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s agent.Status
+	if err := json.Unmarshal([]byte(text), &s); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("agent's memory %s: %.1f MB, peak %.1f MB", when, float64(s.ResidentBytes)/1e6, float64(s.PeakBytes)/1e6)
+	if s.ResidentBytes == 0 || s.ResidentBytes > maxResidentBytes && when == "at rest" || s.PeakBytes > maxPeakBytes {
+		t.Errorf("the agent has %d bytes %s, at most %d at rest and %d over an installation are allowed", s.ResidentBytes, when, int64(maxResidentBytes), int64(maxPeakBytes))
+	}
+}
+
 // apply has the box install a version from the spec's repository.
 func apply(m *hwtest.Machine, version string) error {
 	_, err := call(m, http.MethodPost, "/v1/update/apply?version="+version, "")
@@ -164,9 +187,11 @@ func TestUpdates(t *testing.T) {
 	m, _ := aBox(t, true)
 	m.PowerOn()
 	m.Expect(readyPattern, bootTime)
+	checkMemory(t, m, "at rest")
 	if err := apply(m, "2.0.0"); err != nil {
 		t.Fatal(err)
 	}
+	checkMemory(t, m, "after an installation")
 	s := updateStatus(t, m)
 	if s.Pending == nil || s.Pending.Version != "2.0.0" || s.Pending.Slot != "b" {
 		t.Fatalf("pending is %+v", s.Pending)

@@ -11,6 +11,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -152,18 +154,20 @@ func updates(ctx context.Context, c *agent.Client, action string, args []string)
 		}
 	}
 	var s *agent.UpdateStatus
-	switch {
-	case action == "status" && len(paths) == 0:
+	switch _, probe := c.UpdateStatus(ctx); {
+	case action != "check" && action != "apply" && (action != "status" || len(paths) > 0):
+		return errUsage
+	case errors.Is(probe, fs.ErrNotExist): // after a hand-off
+		s, err = updatesHere(ctx, action, req)
+	case action == "status":
 		s, err = c.UpdateStatus(ctx)
 	case action == "check":
 		s, err = c.CheckUpdate(ctx, req)
-	case action == "apply":
+	default:
 		done := make(chan struct{})
 		go showProgress(ctx, c, done)
 		s, err = c.ApplyUpdate(ctx, req)
 		close(done)
-	default:
-		return errUsage
 	}
 	if err != nil {
 		return err
@@ -173,6 +177,28 @@ func updates(ctx context.Context, c *agent.Client, action string, args []string)
 	}
 	_, err = s.WriteTo(os.Stdout)
 	return err
+}
+
+// updatesHere does it in this process, where no agent runs.
+func updatesHere(ctx context.Context, action string, req agent.UpdateRequest) (*agent.UpdateStatus, error) {
+	if req.Reboot {
+		return nil, errors.New("--reboot is the agent's; here another init runs, which reboots when it is told to")
+	}
+	u, err := agent.OpenUpdater(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		return nil, err
+	}
+	if u == nil {
+		return nil, errors.New("this release takes no updates: its spec has no update section")
+	}
+	switch action {
+	case "check":
+		err = u.CheckFrom(ctx, req.Path, req.Version)
+	case "apply":
+		_, err = u.ApplyFrom(ctx, req.Path, req.Version)
+	}
+	s := u.Status()
+	return &s, err
 }
 
 // showProgress prints a line each time the installation has come a tenth further.
