@@ -19,9 +19,24 @@
 // volumes behind their markers, shows the recovery key, and publishes each by
 // one sector; a power cut before that starts over, a cut after loses nothing.
 //
+// # Updates
+//
+// [Updater] checks a source (the spec's repository, a path, a medium that is plugged
+// in), writes the slot that does not run, and leaves a boot entry with three tries. A
+// release on trial is blessed once every service has been up for ten seconds; one
+// whose services keep dying, whose data stay closed, or that panics, uses its tries up,
+// and the old one is back. [Updater.Settle] then says why, in status and in the
+// journal, and that release is not taken again by itself. A slot that was good has its
+// boots counted too, up to its services, when the other slot is good (F74).
+//
+// After a hand-off nothing follows the repository: call `holdfast-agent update` from a
+// timer of the image's own, and `holdfast-agent bless` in every boot that is healthy.
+//
 // # What is not protected
 //
-// Whoever can run code as root in the running appliance reads the data, as the
+// A medium's file system is parsed by the kernel: spec `stick: false` keeps it out.
+// Without a data volume nothing is remembered from boot to boot, and a release that
+// failed is taken again. Whoever can run code as root in the running appliance reads the data, as the
 // services do. The console shows the recovery key once, at the first boot: who
 // watches the console then knows it. A service's container confines mistakes;
 // it shares the kernel, and there is no seccomp filter. Removing the power does

@@ -67,57 +67,54 @@ func RunInitrd(console *os.File) error {
 	return i.becomeInit()
 }
 
-// rearmTries is how often a slot that was good may still fail to boot.
-const rearmTries = 2
+// armedTries is how often a slot that was good may fail to boot in a row. It is
+// more than a trial has, which tells the two apart.
+const armedTries = 5
 
-// rearm gives a slot that was good and does not boot any more its counter back,
-// so that the other slot gets its turn instead of this one for ever (F74). It is
-// a last act: what fails here changes nothing.
+// rearm gives the slot of a boot that ends here its counter, if it is one that was
+// good: the root was not even found, so [initrd.arm] was not reached. It is a last
+// act; what fails here changes nothing.
 func (i *initrd) rearm() {
 	disks, err := os.ReadDir("/sys/block")
 	if err != nil {
 		return
 	}
 	for _, d := range disks {
-		slot, err := rearmDisk("/dev/"+d.Name(), i.boot.Root.RootHash)
+		dev, err := partition.OpenShared("/dev/" + d.Name())
 		if err != nil {
-			i.log.Warn("boot counter", "disk", d.Name(), "error", err)
+			continue
 		}
-		if slot != "" {
-			i.log.Warn("this slot was good; the other one gets its turn", "slot", slot, "after_boots", rearmTries)
+		if disk, err := partition.Open(dev); err == nil {
+			i.arm(disk)
 		}
+		dev.Close()
 	}
 }
 
-// rearmDisk arms the entry of the release with that root hash, if it is good and
-// the other slot's is too. A disk that is not one of ours is passed over.
-func rearmDisk(device, rootHash string) (slot partition.Slot, err error) {
-	dev, err := partition.OpenShared(device)
-	if err != nil {
-		return "", nil
-	}
-	defer dev.Close()
-	disk, err := partition.Open(dev)
-	if err != nil {
-		return "", nil
-	}
+// arm counts the boots of a slot that is good, until this boot has come to the
+// services: a slot that breaks later would be booted for ever otherwise (F74). It
+// needs another slot that is good.
+func (i *initrd) arm(disk *partition.Disk) {
 	entries, err := disk.Entries()
 	if err != nil {
-		return "", err
+		i.log.Warn("boot entries", "error", err)
+		return
 	}
-	other := false
+	slot, other := partition.Slot(""), false
 	for _, e := range entries {
 		switch {
-		case e.Good() && e.RootHash == rootHash && slot == "":
+		case e.Good() && e.RootHash == i.boot.Root.RootHash && slot == "":
 			slot = e.Slot
 		case e.Good():
 			other = true
 		}
 	}
 	if slot == "" || !other {
-		return "", nil
+		return
 	}
-	return slot, disk.Arm(slot, rearmTries)
+	if err := disk.Arm(slot, armedTries); err != nil {
+		i.log.Warn("boots are not counted", "error", err)
+	}
 }
 
 // readBoot reads what the build put beside this program, and checks that the
@@ -193,6 +190,7 @@ func (i *initrd) mapRoot() (err error) {
 		i.status.Problems = append(i.status.Problems, "the partition table was read from its backup")
 	}
 	i.status.Slot, i.status.Disk = i.slot(), i.root.disk
+	i.arm(i.disk)
 	device, err := dm.Verity(rootMapping, i.root.device, i.boot.Root)
 	if err != nil {
 		return err
@@ -249,7 +247,7 @@ func (i *initrd) openVolumes() error {
 	return m.Leave(&i.status)
 }
 
-// onTrial says whether this slot's boots are counted and the other slot is good.
+// onTrial says whether this release has yet to prove itself and the other is good.
 func (i *initrd) onTrial() bool {
 	entries, err := i.disk.Entries()
 	if err != nil {
@@ -258,7 +256,7 @@ func (i *initrd) onTrial() bool {
 	own, other := false, false
 	for _, e := range entries {
 		if string(e.Slot) == i.status.Slot {
-			own = own || e.Counted
+			own = own || e.Counted && !wasGood(e)
 		} else {
 			other = other || e.Good()
 		}

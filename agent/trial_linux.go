@@ -79,6 +79,8 @@ func (s *slots) describe() ([]SlotStatus, error) {
 			state = "damaged: " + e.Damage.Error()
 		case e.Bad():
 			state = "bad: its tries are used up"
+		case wasGood(e):
+			state = fmt.Sprintf("good, and starting; %d tries left", e.TriesLeft)
 		case e.Counted:
 			state = fmt.Sprintf("on trial, %d tries left", e.TriesLeft)
 		}
@@ -104,6 +106,10 @@ func (s *system) judge(ctx context.Context) {
 		s.updates(ctx)
 		return
 	}
+	if wasGood(entry) {
+		s.confirm(ctx, disk, entry)
+		return
+	}
 	s.log.Info("on trial", "slot", entry.Slot, "version", entry.Version, "tries_left", entry.TriesLeft)
 	if reason := s.failedTrial(ctx); reason != nil {
 		if ctx.Err() == nil {
@@ -123,6 +129,24 @@ func (s *system) judge(ctx context.Context) {
 	if s.updater != nil {
 		s.updater.Commit()
 	}
+	s.updates(ctx)
+}
+
+// wasGood tells a slot that was blessed before and whose boots the initrd counts
+// (F74) from one on trial.
+func wasGood(e partition.Entry) bool { return e.Counted && e.TriesLeft+e.TriesDone > updateTries }
+
+// confirm takes the counter away again: this boot came to its services. How they
+// are is no reason to leave a release that was good.
+func (s *system) confirm(ctx context.Context, disk *slots, entry partition.Entry) {
+	if !sleep(ctx, settleTime) {
+		return
+	}
+	if err := disk.disk.Bless(entry.Slot); err != nil {
+		s.problem(fmt.Sprintf("bless slot %s: %v", entry.Slot, err))
+		return
+	}
+	s.log.Info("boot confirmed", "slot", entry.Slot, "version", entry.Version)
 	s.updates(ctx)
 }
 

@@ -130,3 +130,32 @@ func TestTrialWithRefusingTPM(t *testing.T) {
 	m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
 	wantRecord(t, m, "first", "kept")
 }
+
+// TestGoodSlotThatBreaks (F74): a release that was good and panics ever since its
+// slot was damaged gives way to the other one, and says so.
+func TestGoodSlotThatBreaks(t *testing.T) {
+	t.Parallel()
+	next := buildRelease(t, t.TempDir(), theProduct(t).keys, "2.0.3", nil)
+	m, _ := aBox(t, true)
+	install(t, m.Disk, next, 0)
+	m.PowerOn()
+	m.Expect(`boot confirmed slot=b version=2.0.3`, bootTime)
+	m.PowerButton(bootTime)
+	if e := entry(t, m.Disk, partition.SlotB); !e.Good() {
+		t.Fatalf("the confirmed slot is not good: %+v", e)
+	}
+	d, _ := openDisk(t, m.Disk)
+	root, _, err := d.Partition(partition.RootBName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, root, []byte{0xff}, blockOf(t, next))
+	m.PowerOn()
+	m.Expect(`Kernel panic`, bootTime)
+	m.Expect(`ready name=probe version=1.0.0 slot=a`, 3*bootTime)
+	wantRecord(t, m, "first", "kept")
+	s := updateStatus(t, m)
+	if n := len(s.Journal); n != 1 || !strings.Contains(s.Journal[n-1].Reason, "does not boot any more") {
+		t.Errorf("journal: %+v", s.Journal)
+	}
+}
