@@ -15,8 +15,8 @@
 // slot to be written, if it is there already (a power cut, an earlier attempt); the
 // running slot, at whatever place, found by its hash; or a frame of a patch or of
 // the pack. It reports what that costs and fetches no content. [Rebuild.Open] then
-// streams the image in order. Whatever does not have its hash, or cannot be read,
-// is taken from the pack instead.
+// streams the image in order. Whatever does not have its hash, or cannot be read or
+// fetched, is taken from the pack instead.
 //
 // Every block is checked against the tree, and the tree against the root hash,
 // before it is handed out, so blobs, servers and slots need no trust: they can make

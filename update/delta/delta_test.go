@@ -544,6 +544,44 @@ func TestBrokenOff(t *testing.T) {
 	}
 }
 
+// TestChangedOnTheWay: all bytes of the second half of a range are wrong the first time.
+// The pack's frames are fetched again; what the patch spoiled comes from the pack.
+func TestChangedOnTheWay(t *testing.T) {
+	was, is, patch := pair(t)
+	for _, p := range [][]byte{patch, nil} {
+		var s server
+		var mu sync.Mutex
+		changed := 0
+		o := s.options(is, p)
+		o.Old, o.OldVerity = bytes.NewReader(was.root), was.v
+		once := func(good delta.Fetcher, indexAt int64) delta.Fetcher {
+			end := int64(0) // of what was changed
+			return func(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+				b, err := good(ctx, off, n)
+				mu.Lock()
+				defer mu.Unlock()
+				if err != nil || off < end || off >= indexAt {
+					return b, err
+				}
+				end = off + n
+				changed++
+				return struct {
+					io.Reader
+					io.Closer
+				}{io.MultiReader(io.LimitReader(b, n/2), bytes.NewReader(text(9, int(n)))), b}, nil
+			}
+		}
+		o.Pack.Fetch = once(o.Pack.Fetch, int64(len(is.pack)-seekTableSize(is.pack)))
+		if p != nil {
+			o.Patch.Fetch = once(o.Patch.Fetch, int64(len(p)))
+		}
+		mustRebuild(t, o, is)
+		if changed == 0 {
+			t.Error("nothing was changed")
+		}
+	}
+}
+
 // TestPatchLost: a patch of which only a beginning can be had is as good as none, at
 // whatever byte it ends, and what it gave until then is not fetched again.
 func TestPatchLost(t *testing.T) {

@@ -228,7 +228,9 @@ type stream struct {
 
 // Open starts a stream of the whole image, TotalBytes of it, in order. Reading it
 // gives only bytes that are right; an error names the block and where it should have
-// come from. It must be closed, and ends with the context.
+// come from. A range that breaks off, or brings wrong bytes, is fetched once more; a
+// patch that then still cannot be had is replaced by the pack. The stream must be
+// closed, and ends with the context.
 func (r *Rebuild) Open(ctx context.Context) (io.ReadCloser, error) {
 	plain, err := newDecoder(maxFrameBytes)
 	if err != nil {
@@ -438,7 +440,8 @@ func (s *stream) unpack(f *frame, data, into []byte) ([]byte, error) {
 }
 
 // repair takes a block that is not what it should be from elsewhere: the old slot,
-// if it was not from there, and at last the pack.
+// if it was not from there, and at last the pack. If it was from the pack it is fetched
+// again, because not all connections notice when bytes change on the way.
 func (s *stream) repair(i int64, block []byte) error {
 	r := s.r
 	where := fmt.Sprintf("old block %d", r.copyOf[i])
@@ -456,12 +459,9 @@ func (s *stream) repair(i int64, block []byte) error {
 		if s.broken != nil {
 			where += fmt.Sprintf(" (%v)", s.broken)
 		}
-		if s.from.source == SourcePack {
-			return fmt.Errorf("rebuild block %d: %s does not have it: the blob is damaged, was swapped, or is of another release", i, where)
-		}
 	}
 	if err := s.fromPack(i, block); err != nil {
-		return fmt.Errorf("rebuild block %d: it is not in %s as it should be, and not in the pack: %w", i, where, err)
+		return fmt.Errorf("rebuild block %d: it is not in %s as it should be, and cannot be had from the pack: %w", i, where, err)
 	}
 	return nil
 }
@@ -481,13 +481,13 @@ func (s *stream) fromPack(i int64, block []byte) error {
 			return err
 		}
 		if s.spare, err = s.unpack(f, data, s.spare); err != nil {
-			return fmt.Errorf("frame at byte %d: %w", f.offset, err)
+			return fmt.Errorf("frame at byte %d: %w: the blob is damaged, was swapped, or is of another release", f.offset, err)
 		}
 		s.repaired = f
 	}
 	copy(block, s.spare[(uint32(i)-f.first)*BlockSize:])
 	if !s.hash.valid(i, block) {
-		return fmt.Errorf("frame at byte %d has something else", f.offset)
+		return fmt.Errorf("frame at byte %d has something else: the blob is damaged, was swapped, or is of another release", f.offset)
 	}
 	return nil
 }
