@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -12,7 +13,10 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"time"
+
+	"filippo.io/age"
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
@@ -72,6 +76,9 @@ func (s *system) newUpdater() (*Updater, error) {
 		},
 		Blocked: s.initrd.updateBlocked(),
 	}
+	if u.FleetKey, err = os.ReadFile(image.FleetKeyPath); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
 	if len(s.app.Volumes) > 0 {
 		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
 	}
@@ -104,7 +111,30 @@ func (u *Updater) webSource() (update.Source, error) {
 		}
 	}
 	o.UserAgent = "holdfast-agent " + u.Device.Product + "/" + u.Device.Version
+	if strings.HasPrefix(u.Config.URL, image.RegistryScheme) {
+		return update.NewOCI(u.Config.URL, o)
+	}
 	return update.NewHTTP(u.Config.URL, o)
+}
+
+// openBundle opens a bundle, with the fleet's key when it is encrypted.
+func (u *Updater) openBundle(r io.ReaderAt, size int64) (*update.Bundle, error) {
+	var fleet []age.Identity
+	if len(u.FleetKey) > 0 {
+		var err error
+		if fleet, err = age.ParseIdentities(bytes.NewReader(u.FleetKey)); err != nil {
+			return nil, errors.New("the release's fleet key cannot be read") // age would quote it
+		}
+	}
+	b, err := update.OpenBundle(r, size, fleet...)
+	var other *age.NoIdentityMatchError
+	switch {
+	case errors.Is(err, update.ErrEncrypted):
+		return nil, fmt.Errorf("%w: this release has no fleet key; bring a bundle that is not encrypted, or build one with update.fleet_key", err)
+	case errors.As(err, &other):
+		return nil, fmt.Errorf("%w: it is not encrypted to the key of this fleet, or damaged", err)
+	}
+	return b, err
 }
 
 // openSource opens what a person names: nothing is the repository, a folder is one
@@ -126,7 +156,7 @@ func (u *Updater) openSource(path string) (update.Source, io.Closer, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	b, err := update.OpenBundle(f, info.Size())
+	b, err := u.openBundle(f, info.Size())
 	if err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}

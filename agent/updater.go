@@ -39,6 +39,8 @@ type Updater struct {
 	Config image.Update
 	// Trust is the root.json of the release that runs.
 	Trust []byte
+	// FleetKey, if any, has the age identities that open encrypted bundles.
+	FleetKey []byte
 	// Device is what runs, as far as choosing goes; Failed is filled in here.
 	Device update.Device
 	// BuildTime bounds the clock from below.

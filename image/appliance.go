@@ -13,6 +13,16 @@ const (
 	// TUFRootPath is the root.json of the update repository in the root, with which
 	// a device begins to trust it (package update). It is there when the spec has one.
 	TUFRootPath = "/usr/lib/holdfast/tuf-root.json"
+	// FleetKeyPath is an age identity in the root, mode 0600, with which a device opens
+	// bundles that are encrypted to its fleet. It is there when the spec has one.
+	//
+	// It keeps who carries a bundle from reading the vendor's programs in it, and
+	// nobody else: the root is verified and not encrypted, so that whoever can read a
+	// release, on a device's disk, in the build's output, in a repository on a web
+	// server or in a bundle that is not encrypted, can read this key and open every
+	// bundle of the fleet. A release with another key ends that for later bundles.
+	// Who has the key can install nothing.
+	FleetKeyPath = "/usr/lib/holdfast/fleet.key"
 	// BootPath is the [Boot] in the initrd, as JSON.
 	BootPath = "/boot.json"
 	// ContainersPath holds one folder a container: onboot/NNN-NAME, services/NAME,
@@ -84,7 +94,8 @@ type SealPolicy struct {
 // Update says where new releases come from and when they are taken. The keys they
 // are signed with are in the file at [TUFRootPath], not here.
 type Update struct {
-	// URL is the repository's; empty is none, and releases come by hand only.
+	// URL is the repository's, https, http or oci (see [ParseRegistry]); empty is none,
+	// and releases come by hand only.
 	URL     string `json:"url,omitempty"`
 	Channel string `json:"channel,omitempty"` // never empty when there is a root
 	// CAPEM, when set, are the certificates that the server's is judged by, instead of the usual ones.

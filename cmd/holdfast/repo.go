@@ -32,6 +32,7 @@ const repoUsage = `usage: holdfast repo VERB DIR [OPTIONS] ARGUMENTS
   rollout DIR VERSION PERCENT    how much of the fleet gets it
   promote DIR VERSION CHANNEL    list it in another channel, too
   withdraw DIR VERSION           take it off the list
+  push DIR oci://HOST/NAME       publish it in a container registry, too
   refresh DIR                    renew what runs out; from a timer, every day
   status DIR                     what is published, until when it holds  [--json]
   rotate DIR ROLE                replace a key of root, targets, snapshot or timestamp
@@ -48,7 +49,7 @@ with exit code 4.
 func repoVerbs() []verb {
 	return []verb{
 		{"init", repoInit}, {"root", repoRoot}, {"add", repoAdd}, {"rollout", repoRollout}, {"promote", repoPromote},
-		{"withdraw", repoWithdraw}, {"refresh", repoRefresh}, {"status", repoStatus}, {"rotate", repoRotate},
+		{"withdraw", repoWithdraw}, {"push", repoPush}, {"refresh", repoRefresh}, {"status", repoStatus}, {"rotate", repoRotate},
 		{"sign", repoSign}, {"import", repoImport}, {"prune", repoPrune},
 	}
 }

@@ -46,6 +46,9 @@ func TestMain(m *testing.M) {
 //	age KEY                    an age key; its recipient is in KEY.pub
 //	mkrepo KEYS DIR DAYS RELEASE
 //	                           a repository of that many days ago, with the release in channel stable
+//	mkregistry                 a container registry, at $REGISTRY
+//	mkimage NAME               an image in it
+//	device ROOT URL VERSION    a device with that root.json finds this version there, and fetches it
 //	mkluks FILE                a volume by our own package
 //	kernel FILE                Debian's kernel package
 func TestScripts(t *testing.T) {
@@ -66,6 +69,7 @@ func TestScripts(t *testing.T) {
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS,
 			"kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
+			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},
 	})
 }

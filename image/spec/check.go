@@ -10,6 +10,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/holdfast-os/holdfast/image"
 )
 
 const mib = 1 << 20
@@ -284,7 +286,12 @@ func (r *report) checkUpdate(u *Update) {
 	if u.URL != "" {
 		// Without TLS too: what counts is signed, and a plant's own server may have no certificate.
 		parsed, err := url.Parse(u.URL)
+		_, notOCI := image.ParseRegistry(u.URL)
 		switch {
+		case strings.HasPrefix(u.URL, image.RegistryScheme):
+			if notOCI != nil {
+				r.errorf("update.url", "write oci://registry.example/NAME:TAG", "%v", notOCI)
+			}
 		case err != nil || parsed.Scheme != "https" && parsed.Scheme != "http" || parsed.Host == "":
 			r.errorf("update.url", "write https://updates.example/repo", "%q is not a URL", u.URL)
 		case parsed.RawQuery != "" || parsed.Fragment != "" || parsed.User != nil:

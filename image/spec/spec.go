@@ -173,11 +173,16 @@ type Seal struct {
 // A spec without it makes a release that takes none.
 type Update struct {
 	// Root is the repository's root.json, a file on the build machine, ~/ allowed.
-	Root    string   `yaml:"root"`
-	URL     string   `yaml:"url"`     // "" is none: releases come by hand only
-	Channel string   `yaml:"channel"` // default stable
-	CA      string   `yaml:"ca"`      // PEM file on the build machine
-	Check   Interval `yaml:"check"`   // default 6h
+	Root    string `yaml:"root"`
+	URL     string `yaml:"url"`     // https, http or oci://HOST/NAME:TAG; "" is none: releases come by hand only
+	Channel string `yaml:"channel"` // default stable
+	CA      string `yaml:"ca"`      // PEM file on the build machine
+	// FleetKey is a file on the build machine with an age identity, as age-keygen makes
+	// it, for bundles that are encrypted to the fleet. It is in the root as it is, which
+	// keeps it from who carries a bundle, and from nobody who can read a release; see
+	// [image.FleetKeyPath].
+	FleetKey string   `yaml:"fleet_key"`
+	Check    Interval `yaml:"check"` // default 6h
 	// Window is when the device may restart into a new release; default any time.
 	Window    Window `yaml:"window"`
 	Automatic *bool  `yaml:"automatic"`  // default true

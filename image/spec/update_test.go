@@ -17,6 +17,7 @@ func TestUpdate(t *testing.T) {
   url: https://updates.example/repo
   channel: beta
   ca: ca.pem
+  fleet_key: fleet.key
   check: 30m
   window: "22:30-03:15"
   automatic: false
@@ -27,7 +28,7 @@ func TestUpdate(t *testing.T) {
 `)
 	no := false
 	want := spec.Update{
-		Root: "root.json", URL: "https://updates.example/repo", Channel: "beta", CA: "ca.pem", Check: 1800,
+		Root: "root.json", URL: "https://updates.example/repo", Channel: "beta", CA: "ca.pem", FleetKey: "fleet.key", Check: 1800,
 		Window: spec.Window{StartMin: 1350, EndMin: 195}, Automatic: &no, Stick: &no, WriteBack: true, Epoch: 3, Hardware: "box-2",
 	}
 	if !reflect.DeepEqual(s.Update, want) {
@@ -70,6 +71,11 @@ func TestUpdateErrors(t *testing.T) {
 		{"{root: r, chanel: beta}", `u.yaml:5:19: update: unknown key "chanel" (did you mean "channel"?)`},
 		{"{root: r, url: updates.example}", `u.yaml:5:24: update.url: "updates.example" is not a URL (write https://updates.example/repo)`},
 		{"{root: r, url: 'https://me:pw@updates.example'}", "u.yaml:5:24: update.url: a repository's URL has no user"},
+		{"{root: r, url: 'oci://docker.io/acme/box'}", `u.yaml:5:24: update.url: "oci://docker.io/acme/box": write index.docker.io`},
+		{"{root: r, url: 'oci://registry.example'}", `u.yaml:5:24: update.url: "oci://registry.example" is not oci://HOST/NAME:TAG`},
+		{"{root: r, url: 'oci://me:pw@registry.example/box'}", "u.yaml:5:24: update.url: "},
+		{"{root: r, url: 'oci://registry.example/box@sha256:00'}", "u.yaml:5:24: update.url: "},
+		{"{fleet_key: fleet.key}", "u.yaml:5:9: update.root: updates need the keys that releases are signed with"},
 		{"{root: r, channel: Beta}", "u.yaml:5:28: update.channel: "},
 		{"{root: r, check: 6}", `u.yaml:5:26: update.check: expected a duration such as "6h", or "never", got a number`},
 		{"{root: r, check: 5s}", `u.yaml:5:26: update.check: "5s" is not a whole number of seconds from 1m to 720h`},
@@ -90,6 +96,9 @@ func TestUpdateErrors(t *testing.T) {
 		if !errors.As(err, &list) || len(list.List) != 1 || !strings.HasPrefix(list.List[0].String(), tt.want) {
 			t.Errorf("%s: got %v, want %s", tt.text, err, tt.want)
 		}
+	}
+	if s := mustParse(t, "u.yaml", updatable+"update: {root: r, url: 'oci://registry.example:5000/acme/box:stable'}\n"); s.Validate() != nil || len(s.Warnings) != 0 {
+		t.Errorf("a registry: %v, warnings %v", s.Validate(), s.Warnings)
 	}
 	if s := mustParse(t, "u.yaml", updatable+"update: {root: r, ca: c.pem}\n"); len(s.Warnings) != 1 || s.Warnings[0].Path != "update.ca" {
 		t.Errorf("a CA without a URL: warnings %v", s.Warnings)
