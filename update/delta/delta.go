@@ -56,8 +56,9 @@ const (
 	maxFrameBytes = MaxFrameBlocks * BlockSize
 	maxCompressed = maxFrameBytes + maxFrameBytes/256 + 64 // what zstd makes of noise
 	maxTreeBytes  = 48 << 20
-	// packIndexRatio is how many blocks there are to a frame, by experience.
-	packIndexRatio = 16
+	// packIndexRatio is less than the blocks there are to a frame, which in a Debian root
+	// of 250 MB are 15.6, so that one request gets all of the index.
+	packIndexRatio = 12
 )
 
 // Fetcher reads a range of a blob. The reader gives at least length bytes; more are

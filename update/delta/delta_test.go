@@ -560,7 +560,7 @@ func TestChangedOnTheWay(t *testing.T) {
 				b, err := good(ctx, off, n)
 				mu.Lock()
 				defer mu.Unlock()
-				if err != nil || off < end || off >= indexAt {
+				if err != nil || off < end || off+n > indexAt {
 					return b, err
 				}
 				end = off + n
