@@ -318,7 +318,7 @@ func TestTagMoves(t *testing.T) {
 	v.next()
 	fresh := v.manifest()
 	for at := range 6 {
-		for name, from := range map[string][2][]byte{"forward": {old, fresh}, "back": {fresh, old}} {
+		for to, from := range map[string][2][]byte{"forward": {old, fresh}, "back": {fresh, old}} {
 			var mu sync.Mutex
 			armed, n := false, 0
 			host, _ := newRegistry(t, registryFront(func(w http.ResponseWriter, r *http.Request) bool {
@@ -340,8 +340,11 @@ func TestTagMoves(t *testing.T) {
 			}).before)
 			v.push(host)
 			for _, b := range oldFiles {
-				ref, _ := gateRepository(host)
-				if err := remote.WriteLayer(ref, static.NewLayer(b, OCIFileType)); err != nil {
+				ref, err := name.NewRepository(host + "/fleet/gate")
+				if err == nil {
+					err = remote.WriteLayer(ref, static.NewLayer(b, OCIFileType))
+				}
+				if err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -352,19 +355,19 @@ func TestTagMoves(t *testing.T) {
 			s := ociSource(t, host, HTTPOptions{})
 			a, err := u.check(s)
 			if err != nil || a.Candidate == nil {
-				t.Errorf("%s at request %d: %+v, %v", name, at, a, err)
+				t.Errorf("%s at request %d: %+v, %v", to, at, a, err)
 				continue
 			}
 			seen := a.Timestamp
 			// The same source again, with the tag where it has come to.
 			a, err = u.check(s)
 			switch {
-			case name == "back" && seen == 2:
+			case to == "back" && seen == 2:
 				if !errors.Is(err, ErrOlder) {
 					t.Errorf("back at request %d: %+v, %v", at, a, err)
 				}
-			case err != nil || name == "forward" && a.Candidate.Target.Version != "3.0.0":
-				t.Errorf("%s at request %d, again: %+v, %v", name, at, a, err)
+			case err != nil || to == "forward" && a.Candidate.Target.Version != "3.0.0":
+				t.Errorf("%s at request %d, again: %+v, %v", to, at, a, err)
 			}
 		}
 	}

@@ -47,9 +47,11 @@
 // that is not of a lower security epoch. Who is between device and repository can
 // keep the device from hearing of updates until the timestamp expires. A bundle
 // with a lenient [Expiry] has no such end: an old one is refused only when the
-// device has seen newer metadata. Content is not secret unless a bundle is
-// encrypted. Delegated targets roles are not followed. Who can write to the data
-// volume can take back what the store remembers, though not the keys in the release.
+// device has seen newer metadata. Content is not secret. An encrypted bundle keeps it
+// from who carries the bundle, and from nobody who can read a release that has the
+// fleet's key in it ([image.FleetKeyPath]). Delegated targets roles are not followed.
+// Who can write to the data volume can take back what the store remembers, though not
+// the keys in the release.
 package update
 
 import (
