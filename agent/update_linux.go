@@ -92,7 +92,7 @@ func (s *system) newUpdater() (*Updater, error) {
 // release's UKI changes, and the box would come up at its recovery prompt.
 func (s *Status) updateBlocked() error {
 	if len(s.Volumes) > 0 && slices.Contains(s.SealedPCRs, 4) {
-		return errors.New("Secure Boot is off, so the data volumes are sealed to the boot programs of this release (PCR 4); " +
+		return errors.New("the data volumes are sealed to the boot programs of this release (PCR 4), because Secure Boot is off; " +
 			"another release could not open them without the recovery key: enrol the vendor's keys and turn Secure Boot on")
 	}
 	return nil
