@@ -22,6 +22,7 @@ import (
 const (
 	mediaPath = "/run/holdfast/media"
 	mediaPoll = 2 * time.Second
+	busyPoll  = time.Second
 	// maxMediaNames is how many names of a medium's top folder are looked at; a stick
 	// may have a million files.
 	maxMediaNames = 4096
@@ -157,6 +158,10 @@ func (u *Updater) applyFromFolder(ctx context.Context, dir string) (version stri
 	for _, p := range paths {
 		name := "medium:" + strings.TrimPrefix(strings.TrimPrefix(p, dir), "/")
 		version, err := u.applyNamed(ctx, p, name)
+		for errors.Is(err, ErrUpdating) && sleep(ctx, busyPoll) {
+			// A medium is looked at once: it must not miss its turn because of a check.
+			version, err = u.applyNamed(ctx, p, name)
+		}
 		if err == nil {
 			return version, true, nil
 		}
@@ -196,6 +201,9 @@ func findReleases(dir string) ([]string, error) {
 	}
 	slices.Sort(list)
 	for _, folder := range []string{filepath.Join(dir, RepositoryFolder), dir} {
+		if info, err := os.Lstat(folder); err != nil || !info.IsDir() && folder != dir {
+			continue
+		}
 		if info, err := os.Lstat(filepath.Join(folder, update.TimestampPath)); err == nil && info.Mode().IsRegular() {
 			list = append(list, folder)
 		}

@@ -132,10 +132,6 @@ func (s *system) judge(ctx context.Context) {
 	s.updates(ctx)
 }
 
-// wasGood tells a slot that was blessed before and whose boots the initrd counts
-// (F74) from one on trial.
-func wasGood(e partition.Entry) bool { return e.Counted && e.TriesLeft+e.TriesDone > updateTries }
-
 // confirm takes the counter away again: this boot came to its services. How they
 // are is no reason to leave a release that was good.
 func (s *system) confirm(ctx context.Context, disk *slots, entry partition.Entry) {

@@ -152,6 +152,9 @@ func (u *Updater) openSource(path string) (update.Source, io.Closer, error) {
 		d, err := update.OpenDir(path)
 		return d, d, err
 	}
+	if !info.Mode().IsRegular() {
+		return nil, nil, fmt.Errorf("%s is a %v: give a bundle, or the folder of a repository", path, info.Mode().Type())
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, nil, err

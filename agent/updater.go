@@ -18,6 +18,7 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/update"
+	"github.com/holdfast-os/holdfast/update/delta"
 )
 
 // updateTries is how often a new release may boot before the old one is back.
@@ -57,6 +58,9 @@ type Updater struct {
 	Now     func() time.Time
 
 	working sync.Mutex // held over a check or an installation
+	// remembered is held while the state is read, changed and written; the one who
+	// judges a trial writes it beside the one who checks. No other lock is taken within.
+	remembered sync.Mutex
 
 	mu     sync.Mutex
 	report UpdateStatus // what changes while working
@@ -94,7 +98,7 @@ func (r *UpdateStatus) lines(b *strings.Builder) {
 		}
 		fmt.Fprintln(b)
 	}
-	if p := r.Pending; p != nil {
+	if p := r.Pending; p != nil && r.Doing == "" {
 		fmt.Fprintf(b, "update    %s in slot %s waits for its boot or its trial\n", p.Version, p.Slot)
 	}
 	if r.LastError != "" {
@@ -137,23 +141,37 @@ func (r *UpdateStatus) WriteTo(w io.Writer) (int64, error) {
 const reserveBytes = 512 << 10
 
 func (u *Updater) reservePath() string { return filepath.Join(u.Dir, "reserve") }
+func (u *Updater) hasState() bool {
+	_, err := os.Stat(filepath.Join(u.Dir, "state.json"))
+	return err == nil
+}
 
-// reserve takes the space again. When there is none, the next time will do.
+// reserve takes the space again, or as much of it as there is.
 func (u *Updater) reserve() {
-	if info, err := os.Stat(u.reservePath()); err == nil && info.Size() == reserveBytes {
+	f, err := os.OpenFile(u.reservePath(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
 		return
 	}
-	if err := os.WriteFile(u.reservePath(), make([]byte, reserveBytes), 0o600); err != nil {
-		os.Remove(u.reservePath())
+	defer f.Close()
+	block := make([]byte, 16<<10)
+	for info, err := f.Stat(); err == nil && info.Size() < reserveBytes; info, err = f.Stat() {
+		if _, err := f.Write(block); err != nil {
+			return
+		}
 	}
 }
 
 // state changes what is remembered. A volume that does not take it is reported
 // and is no reason to stop: the slots' own entries decide what boots.
 func (u *Updater) state(change func(*update.State)) *update.State {
+	u.remembered.Lock()
+	defer u.remembered.Unlock()
 	s, err := update.LoadState(u.Dir, u.Now())
 	if err != nil {
 		u.Log.Warn("update state", "error", err)
+	}
+	if err == nil && change == nil && len(s.Journal) > 0 && !u.hasState() {
+		change = func(*update.State) {} // a damaged one was put aside, and the new one says so
 	}
 	if change != nil {
 		change(s)
@@ -161,6 +179,7 @@ func (u *Updater) state(change func(*update.State)) *update.State {
 		if errors.Is(err, unix.ENOSPC) {
 			os.Remove(u.reservePath())
 			err = s.Save(u.Dir)
+			u.reserve()
 		}
 		if err != nil {
 			u.Log.Warn("update state not kept", "error", err)
@@ -194,7 +213,6 @@ func (u *Updater) Settle() error {
 		return fmt.Errorf("folder for updates: %w", err)
 	}
 	defer u.reserve()
-	p := u.state(nil).Pending
 	disk, closer, err := u.OpenDisk()
 	if err != nil {
 		return err
@@ -204,41 +222,72 @@ func (u *Updater) Settle() error {
 	if err != nil {
 		return err
 	}
-	if p == nil {
-		u.noteBroken(entries)
-		return nil
-	}
-	i := slices.IndexFunc(entries, func(e partition.Entry) bool {
-		return string(e.Slot) == p.Slot && e.Sequence == p.Sequence && e.RootHash == p.RootHash
-	})
-	running := string(u.Slot) == p.Slot && u.Root.RootHash == p.RootHash
+	onTrial := slices.ContainsFunc(entries, func(e partition.Entry) bool { return e.Slot == u.Slot && e.Counted && !wasGood(e) })
+	p := u.state(nil).Pending
+	running := p != nil && string(u.Slot) == p.Slot && u.Root.RootHash == p.RootHash
+	i := entryOf(p, entries)
 	switch {
-	case i < 0 && !running:
-		// Cut off before the slot could boot: nothing happened, and the next attempt goes on from there.
-		u.Log.Info("the last installation was cut off", "version", p.Version, "slot", p.Slot)
-	case running && (i < 0 || entries[i].Good()):
+	case running && !onTrial:
 		u.Commit()
-	case running:
-		// on trial; the caller judges
-	case entries[i].Bad() || entries[i].Damage != nil:
-		u.fellBack(p)
-	default:
+	case onTrial:
+		if !running {
+			u.adopt(entries)
+		}
+		// the caller judges
+	case i >= 0 && (entries[i].Bad() || entries[i].Damage != nil):
+		u.fellBack(p, entries[i].Damage)
+	case i >= 0:
 		u.Log.Info("a release waits for its first boot", "version", p.Version, "slot", p.Slot)
+	default:
+		if p != nil {
+			u.Log.Info("the last installation was cut off", "version", p.Version, "slot", p.Slot)
+			u.state(func(s *update.State) { s.Pending = nil }) // what is written of it is found by the next attempt
+		}
+		u.noteBroken(entries)
 	}
 	return nil
 }
 
-// noteBroken reports a release that was good and was left because it did not boot
-// any more (F74). Installing it again may repair it, so it is not one that failed.
+// entryOf is where the boot entry of p is, -1 when there is none. One that cannot be
+// read does not say which root it is for.
+func entryOf(p *update.Pending, entries []partition.Entry) int {
+	return slices.IndexFunc(entries, func(e partition.Entry) bool {
+		return p != nil && string(e.Slot) == p.Slot && e.Sequence == p.Sequence && (e.RootHash == p.RootHash || e.Damage != nil)
+	})
+}
+
+// adopt makes what runs on trial the pending release, so that its end is noted: it
+// was written on a bench, or its note gave way to that of a later installation that
+// was cut off before it touched the slot.
+func (u *Updater) adopt(entries []partition.Entry) {
+	i := slices.IndexFunc(entries, func(e partition.Entry) bool { return e.Slot == u.Slot })
+	u.state(func(s *update.State) {
+		s.Pending = &update.Pending{Slot: string(u.Slot), Version: u.Device.Version, RootHash: u.Root.RootHash,
+			Sequence: entries[i].Sequence, Since: u.Now().UTC()}
+	})
+}
+
+// wasGood tells a slot that was blessed before and whose boots the initrd counts
+// (F74) from one on trial.
+func wasGood(e partition.Entry) bool { return e.Counted && e.TriesLeft+e.TriesDone > updateTries }
+
+// noteBroken reports a newer release that was left with nothing pending: mostly one
+// that was good and does not boot any more (F74). Installing that again may repair it,
+// so it is not one that failed.
 func (u *Updater) noteBroken(entries []partition.Entry) {
 	var own int64
 	for _, e := range entries {
 		if e.Slot == u.Slot {
-			own = e.Sequence
+			own = max(own, e.Sequence)
 		}
 	}
 	for _, e := range entries {
-		if e.Slot != u.Slot && e.Bad() && e.Sequence > own && !slices.Contains(u.state(nil).FailedHashes(), e.RootHash) {
+		s := u.state(nil)
+		switch {
+		case e.Slot == u.Slot || !e.Bad() || e.Sequence < own || slices.Contains(s.FailedHashes(), e.RootHash):
+		case !wasGood(e):
+			u.fellBack(&update.Pending{Version: e.Version, RootHash: e.RootHash}, e.Damage)
+		default:
 			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot)
 			u.state(func(s *update.State) {
 				logOnce(s, update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack,
@@ -251,14 +300,21 @@ func (u *Updater) noteBroken(entries []partition.Entry) {
 // silent is the reason when a release left none.
 const silent = "none of its boots came so far as to say why: a panic, the watchdog, power lost, or the TPM did not open the data"
 
-func (u *Updater) fellBack(p *update.Pending) {
+// fellBack notes that p was left. damage is of its boot entry.
+func (u *Updater) fellBack(p *update.Pending, damage error) {
 	reason := p.Reason
-	if reason == "" {
+	switch {
+	case reason == "" && damage != nil:
+		reason = fmt.Sprintf("its boot entry is damaged: %v", damage)
+	case reason == "":
 		reason = silent
 	}
 	u.Log.Warn("fell back", "version", p.Version, "reason", reason)
 	u.state(func(s *update.State) {
 		s.Pending = nil
+		if p.RootHash == "" || !update.ValidVersion(p.Version) {
+			return // of an entry that says nothing
+		}
 		s.Fail(update.Failed{Version: p.Version, RootHash: p.RootHash, Reason: reason, Time: u.Now()})
 		s.Log(update.JournalEntry{Time: u.Now(), From: p.Version, To: u.Device.Version, Result: update.FellBack, Reason: reason})
 	})
@@ -334,21 +390,33 @@ func (u *Updater) check(ctx context.Context, src update.Source, want string) (_ 
 	return answer.Candidate, nil
 }
 
-// explain says why nothing was chosen: of the newest release that is for this product.
+// explain says why nothing was chosen: of the version that was asked for, or else of
+// the newest release for this box that the source has.
 func explain(a *update.Answer, d update.Device) string {
-	for _, s := range a.Skipped {
-		if s.Target.Product == d.Product && s.Target.Channel == d.Channel && s.Target.Arch == d.Arch {
-			return fmt.Sprintf("version %s: %s", s.Target.Version, s.Reason)
+	mine := slices.DeleteFunc(slices.Clone(a.Skipped), func(s update.Skipped) bool {
+		return s.Target.Product != d.Product || s.Target.Channel != d.Channel || s.Target.Arch != d.Arch
+	})
+	for _, fits := range []func(update.Skipped) bool{
+		func(s update.Skipped) bool { return s.Target.Version == d.Want },
+		func(s update.Skipped) bool { return d.Want == "" && s.Reason != update.NotCarried },
+		func(update.Skipped) bool { return d.Want == "" },
+	} {
+		if i := slices.IndexFunc(mine, fits); i >= 0 {
+			return fmt.Sprintf("version %s: %s", mine[i].Target.Version, mine[i].Reason)
 		}
 	}
-	if len(a.Skipped) > 0 {
+	switch {
+	case len(mine) > 0:
+		return fmt.Sprintf("there is no version %s in channel %s", d.Want, d.Channel)
+	case len(a.Skipped) > 0:
 		return fmt.Sprintf("%s: %s", a.Skipped[0].Name, a.Skipped[0].Reason)
 	}
 	return "there is no release in channel " + d.Channel
 }
 
 // Apply checks a source and installs what it has; name says where from. The box
-// has to boot for it to take effect.
+// has to boot for it to take effect. What waits for its first boot already is left
+// as it is.
 func (u *Updater) Apply(ctx context.Context, src update.Source, name, want string) (version string, err error) {
 	if !u.working.TryLock() {
 		return "", ErrUpdating
@@ -365,6 +433,10 @@ func (u *Updater) Apply(ctx context.Context, src update.Source, name, want strin
 		entry.To = version
 		err = u.install(ctx, c)
 		entry.FetchedBytes = c.Fetched()
+	}
+	if errors.Is(err, errWaits) {
+		u.Log.Info("installed already, and waits for a restart", "version", version, "slot", u.Slot.Other())
+		return version, nil
 	}
 	entry.Time, entry.Seconds = u.Now(), int64(u.Now().Sub(began).Seconds())
 	if err != nil {
@@ -391,19 +463,47 @@ func worthKeeping(err error) bool {
 	return false
 }
 
-// logOnce leaves out what the last entry says already.
+// maxRefusals of the journal say what was refused: sticks with bundles for other
+// boxes must not push out how the releases came and went.
+const maxRefusals = 10
+
+// logOnce leaves out what was noted since a release last came in. A refusal of the
+// same release from the same source for another reason takes the old one's place:
+// a reason can have the day's date in it.
 func logOnce(s *update.State, e update.JournalEntry) {
-	if n := len(s.Journal); n > 0 {
-		last := s.Journal[n-1]
-		if last.Result == e.Result && last.Reason == e.Reason && last.To == e.To {
+	refusals := 0
+	for i := len(s.Journal) - 1; i >= 0; i-- {
+		have := s.Journal[i]
+		if have.Result == update.Applied || have.Result == update.Committed {
+			break
+		}
+		if have.Result != e.Result || have.From != e.From || have.To != e.To || have.Source != e.Source && e.Result != update.Refused {
+			continue
+		}
+		if have.Reason == e.Reason {
 			return
+		}
+		if e.Result == update.Refused && have.Source == e.Source {
+			s.Journal = slices.Delete(s.Journal, i, i+1)
 		}
 	}
 	s.Log(e)
+	for i := len(s.Journal) - 1; i >= 0; i-- {
+		if s.Journal[i].Result != update.Refused {
+			continue
+		}
+		if refusals++; refusals > maxRefusals {
+			s.Journal = slices.Delete(s.Journal, i, i+1)
+		}
+	}
 }
 
-// errUnfit marks a release that this box cannot take as it is.
-var errUnfit = errors.New("this box cannot take it")
+var (
+	// errUnfit marks a release that this box cannot take as it is.
+	errUnfit = errors.New("this box cannot take it")
+	// errWaits says that the release is in its slot, whole, and was not booted yet.
+	errWaits = errors.New("it waits for its first boot")
+)
 
 // install writes the other slot. All that can be known beforehand is checked
 // before the first write.
@@ -411,70 +511,95 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	if u.Blocked != nil {
 		return fmt.Errorf("%w: %w", errUnfit, u.Blocked)
 	}
-	version := c.Release.Manifest.Version
-	u.set(func(r *UpdateStatus) { r.Doing = "installing " + version })
+	m := c.Release.Manifest
+	u.set(func(r *UpdateStatus) { r.Doing = "installing " + m.Version })
 	defer u.set(func(r *UpdateStatus) { r.Doing, r.DoneBytes, r.TotalBytes = "", 0, 0 })
 	disk, closer, err := u.OpenDisk()
 	if err != nil {
 		return err
 	}
 	defer closer.Close()
-	other := u.Slot.Other()
+	if err := u.unlessWaiting(c, disk); err != nil {
+		return err
+	}
 	root, err := u.rebuild(ctx, c, disk)
 	if err != nil {
 		return err
 	}
-	contents, err := c.Contents(ctx, root.open)
+	contents, err := c.Contents(ctx, func() (io.ReadCloser, error) { return root.Open(ctx) })
 	if err != nil {
 		return err
 	}
+	other := u.Slot.Other()
 	plan, err := disk.PlanSlot(other, contents, partition.WriteOptions{Tries: updateTries, Running: u.Slot, Time: u.Now(), SkipEqual: true})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errUnfit, err)
 	}
-	u.state(func(s *update.State) {
-		s.Pending = &update.Pending{Slot: string(other), Version: version, RootHash: u.rootHash(c), Sequence: plan.Sequence(), Since: u.Now().UTC()}
-	})
-	u.Log.Info("installing", "version", version, "slot", other, "by", root.source, "fetch_bytes", root.fetchBytes)
-	reported := u.Now()
-	return plan.Apply(ctx, func(done, total int64) {
-		u.set(func(r *UpdateStatus) { r.DoneBytes, r.TotalBytes = done, total })
-		if now := u.Now(); now.Sub(reported) >= progressTime {
-			reported = now
-			u.Log.Info("installing", "version", version, "percent", done*100/max(total, 1))
-		}
-	})
+	p := &update.Pending{Slot: string(other), Version: m.Version, RootHash: m.Verity.RootHash, Sequence: plan.Sequence(), Since: u.Now().UTC()}
+	var before *update.Pending
+	u.state(func(s *update.State) { before, s.Pending = s.Pending, p })
+	u.Log.Info("installing", "version", m.Version, "slot", other, "by", root.Stats().Source, "fetch_bytes", root.Stats().BytesToFetch)
+	if err := plan.Apply(ctx, u.progress(m.Version)); err != nil {
+		u.abandon(disk, p, before)
+		return err
+	}
+	return nil
+}
+
+// unlessWaiting is errWaits when the other slot has the very release, whole and with tries left.
+func (u *Updater) unlessWaiting(c *update.Candidate, disk *partition.Disk) error {
+	p, m := u.state(nil).Pending, c.Release.Manifest
+	entries, err := disk.Entries()
+	if err != nil {
+		return err
+	}
+	i := entryOf(p, entries)
+	if i >= 0 && p.Slot == string(u.Slot.Other()) && p.RootHash == m.Verity.RootHash && entries[i].ReleaseID == m.UKI.SHA256 &&
+		entries[i].Damage == nil && !entries[i].Bad() {
+		return errWaits
+	}
+	return nil
+}
+
+// abandon forgets an installation that failed, unless its boot entry came about. What
+// was pending before is so again when the slot was not touched.
+func (u *Updater) abandon(disk *partition.Disk, p, before *update.Pending) {
+	entries, err := disk.Entries()
+	if err != nil || entryOf(p, entries) >= 0 {
+		return
+	}
+	if entryOf(before, entries) < 0 {
+		before = nil
+	}
+	u.state(func(s *update.State) { s.Pending = before })
 }
 
 // progressTime is how often the console says how far an installation is.
 const progressTime = 5 * time.Second
 
-func (u *Updater) rootHash(c *update.Candidate) string { return c.Release.Manifest.Verity.RootHash }
-
-// rebuilt is how the new root comes about.
-type rebuilt struct {
-	open       func() (io.ReadCloser, error)
-	source     string
-	fetchBytes int64
+func (u *Updater) progress(version string) func(done, total int64) {
+	reported := u.Now()
+	return func(done, total int64) {
+		u.set(func(r *UpdateStatus) { r.DoneBytes, r.TotalBytes = done, total })
+		if now := u.Now(); now.Sub(reported) >= progressTime {
+			reported = now
+			u.Log.Info("installing", "version", version, "percent", done*100/max(total, 1))
+		}
+	}
 }
 
 // rebuild settles how the new root comes about; see [update.Candidate.Rebuild].
-func (u *Updater) rebuild(ctx context.Context, c *update.Candidate, disk *partition.Disk) (rebuilt, error) {
+func (u *Updater) rebuild(ctx context.Context, c *update.Candidate, disk *partition.Disk) (*delta.Rebuild, error) {
 	on := update.Local{OldVerity: u.Root}
 	for slot, into := range map[partition.Slot]*io.ReaderAt{u.Slot: &on.Old, u.Slot.Other(): &on.Target} {
 		device, part, err := disk.Partition(slot.Partition())
 		if err != nil {
-			return rebuilt{}, err
+			return nil, err
 		}
 		// A slot that is too small is refused by the plan, which says so better.
 		if part.SizeBytes >= c.Release.Manifest.Verity.TotalBytes || slot == u.Slot {
 			*into = device
 		}
 	}
-	r, err := c.Rebuild(ctx, on)
-	if err != nil {
-		return rebuilt{}, err
-	}
-	open := func() (io.ReadCloser, error) { return r.Open(ctx) }
-	return rebuilt{open, string(r.Stats().Source), r.Stats().BytesToFetch}, nil
+	return c.Rebuild(ctx, on)
 }
