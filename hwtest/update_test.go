@@ -319,7 +319,7 @@ func cutDuringUpdate(t *testing.T, random *rand.Rand) {
 
 	m.PowerOn()
 	m.Expect(tpmPattern, bootTime)
-	version := m.Expect(`ready name=probe version=([\d.]+)`, bootTime)[1]
+	version := m.Expect(`ready name=probe version=([\d.]+) slot=`, bootTime)[1]
 	wantRecord(t, m, "first", "kept")
 	if version == "1.0.0" {
 		if err := apply(m, "2.2.0"); err != nil {

@@ -254,9 +254,9 @@ func TestHostileRegistry(t *testing.T) {
 		"forbidden":             {status(403), errors.New("make the repository public")},
 		"token from this box":   {status(401, "WWW-Authenticate", `Bearer realm="http://10.0.0.1/admin"`), errors.New("which is not https")},
 		"token from nowhere":    {status(401, "WWW-Authenticate", `Bearer service="x"`), errors.New("which is no address")},
-		"sent away without TLS": {status(307, "Location", "http://192.0.2.1/x"), errors.New("neither https nor this machine")},
-		"sent to a file":        {status(307, "Location", "file:///etc/passwd"), errors.New("neither https nor this machine")},
-		"sent round":            {func(w http.ResponseWriter, r *http.Request) bool { http.Redirect(w, r, r.URL.Path, 307); return true }, errors.New("redirects")},
+		"sent away without TLS": {status(http.StatusTemporaryRedirect, "Location", "http://192.0.2.1/x"), errors.New("neither https nor this machine")},
+		"sent to a file":        {status(http.StatusTemporaryRedirect, "Location", "file:///etc/passwd"), errors.New("neither https nor this machine")},
+		"sent round":            {func(w http.ResponseWriter, r *http.Request) bool { http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect); return true }, errors.New("redirects")},
 		"broken":                {status(500), errors.New("given up after 3 attempts")},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -389,10 +389,6 @@ func TestTagMoves(t *testing.T) {
 	if a, err := newUnit(t, v).check(ociSource(t, host, HTTPOptions{})); !errors.Is(err, ErrNotFound) {
 		t.Errorf("mixed: %+v, %v", a, err)
 	}
-}
-
-func gateRepository(host string) (name.Repository, error) {
-	return name.NewRepository(host + "/fleet/gate")
 }
 
 // TestToken: the token that everybody gets, renewed when it is over, and never shown

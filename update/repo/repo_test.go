@@ -437,7 +437,7 @@ func TestInterrupted(t *testing.T) {
 	store := t.TempDir()
 	a, err := check(t, root, store, openDir(t, dir), now, device("0.9"))
 	mustFind(t, a, err, "1.0.0")
-	if r, err = Open(dir, keys, now); err != nil {
+	if _, err = Open(dir, keys, now); err != nil {
 		t.Fatal(err)
 	}
 	if a, err = check(t, root, store, openDir(t, dir), now, device("0.9")); err != nil || a.Candidate != nil || len(a.Skipped) != 0 {
