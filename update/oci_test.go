@@ -256,8 +256,11 @@ func TestHostileRegistry(t *testing.T) {
 		"token from nowhere":    {status(401, "WWW-Authenticate", `Bearer service="x"`), errors.New("which is no address")},
 		"sent away without TLS": {status(http.StatusTemporaryRedirect, "Location", "http://192.0.2.1/x"), errors.New("neither https nor this machine")},
 		"sent to a file":        {status(http.StatusTemporaryRedirect, "Location", "file:///etc/passwd"), errors.New("neither https nor this machine")},
-		"sent round":            {func(w http.ResponseWriter, r *http.Request) bool { http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect); return true }, errors.New("redirects")},
-		"broken":                {status(500), errors.New("given up after 3 attempts")},
+		"sent round": {func(w http.ResponseWriter, r *http.Request) bool {
+			http.Redirect(w, r, r.URL.Path, http.StatusTemporaryRedirect)
+			return true
+		}, errors.New("redirects")},
+		"broken": {status(500), errors.New("given up after 3 attempts")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var attack registryFront
