@@ -353,10 +353,13 @@ func (p *SlotPlan) removeEntries(m *meter) error {
 }
 
 func (p *SlotPlan) writeRoot(m *meter) (err error) {
-	r, err := openVerified(p.c.Root)
+	content, err := p.c.Root.Open()
 	if err != nil {
 		return fmt.Errorf("root image: %w", err)
 	}
+	// Making the content, hashing it and writing it take about as long as each other;
+	// side by side they took 0.5 s of a root of 255 MB, one after the other 0.8 s.
+	r := newReadAhead(verified(newReadAhead(content), p.c.Root))
 	defer func() { err = errors.Join(err, r.Close()) }()
 	buf, there := make([]byte, chunkBytes), make([]byte, chunkBytes)
 	for off := int64(0); ; {
@@ -385,15 +388,23 @@ func (p *SlotPlan) writeRoot(m *meter) (err error) {
 }
 
 // verifyRoot reads what the medium has; F78 is an update that was "ok" and was not.
+// Both checks run side by side: the second to come to a place finds it read.
 func (p *SlotPlan) verifyRoot(m *meter) error {
-	if err := readBack(p.root, p.c.Root, m); err != nil {
+	walked := make(chan error, 1)
+	go func() {
+		if p.c.Verify == nil {
+			walked <- nil
+			return
+		}
+		walked <- p.c.Verify(p.root)
+	}()
+	err := readBack(p.root, p.c.Root, m)
+	walk := <-walked
+	if err != nil {
 		return fmt.Errorf("read back root image: %w", err)
 	}
-	if p.c.Verify == nil {
-		return nil
-	}
-	if err := p.c.Verify(p.root); err != nil {
-		return fmt.Errorf("verify root image on %s: %w", p.slot.Partition(), err)
+	if walk != nil {
+		return fmt.Errorf("verify root image on %s: %w", p.slot.Partition(), walk)
 	}
 	return nil
 }
@@ -473,7 +484,12 @@ func openVerified(b Blob) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &verifiedReader{r: r, rest: b.Size(), want: b.SHA256(), hash: sha256.New()}, nil
+	return verified(r, b), nil
+}
+
+// verified checks that r gives the blob's bytes.
+func verified(r io.ReadCloser, b Blob) io.ReadCloser {
+	return &verifiedReader{r: r, rest: b.Size(), want: b.SHA256(), hash: sha256.New()}
 }
 
 // verifiedReader gives exactly the blob's bytes. The last of them come out only
