@@ -106,8 +106,50 @@ campaign: inputs
 	set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz || true); do \
 		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p; done; done
 
-bench: inputs
+# The tools that updates are compared with are needed for nothing else.
+BENCH_PACKAGES := casync rauc squashfs-tools
+BENCH := $(BUILD)/bench
+bench: inputs $(BENCH)/tools.stamp $(BENCH)/first.tar $(BENCH)/second.tar $(BENCH)/kernels.stamp $(BENCH)/etcd-first $(BENCH)/etcd-second
 	$(GO) run ./examples/bench
+
+$(BENCH)/tools.stamp: | $(BUILD)/tools.stamp
+	@mkdir -p $(BENCH)
+	@missing=$$(for p in $(BENCH_PACKAGES); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		if [ $$(id -u) != 0 ]; then echo "error: missing Debian packages; install them with: sudo apt-get install" $$missing >&2; exit 1; fi; \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
+	fi
+	@touch $@
+
+# Two roots, made once: Debian as it was released, and with the security updates of
+# five source packages.
+BENCH_UPDATED := src:openssl src:python3.11 src:nginx src:expat src:perl
+DEBIAN   := deb http://deb.debian.org/debian bookworm main
+SECURITY := deb http://deb.debian.org/debian-security bookworm-security main
+$(BENCH)/first.tar: SOURCES = '$(DEBIAN)'
+$(BENCH)/second.tar: SOURCES = '$(DEBIAN)' '$(SECURITY)'
+$(BENCH)/first.tar $(BENCH)/second.tar: | $(BENCH)/tools.stamp
+	SOURCE_DATE_EPOCH=1793491200 mmdebstrap --quiet --variant=essential \
+		--include=systemd-sysv,udev,dbus,nginx,python3,openssl,openssh-server,curl,ca-certificates,iproute2,nftables,chrony,perl,sqlite3,jq,rsync \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+		--setup-hook='printf "%s\n" "Package: *" "Pin: release l=Debian-Security" "Pin-Priority: 100" "" \
+			"Package: $(BENCH_UPDATED)" "Pin: release l=Debian-Security" "Pin-Priority: 990" > "$$1"/etc/apt/preferences.d/bench' \
+		--customize-hook='rm -rf "$$1"/etc/apt/preferences.d/bench "$$1"/etc/apt/sources.list* "$$1"/var/lib/apt/lists/* "$$1"/var/cache/* "$$1"/var/log/* && : > "$$1"/etc/machine-id' \
+		bookworm $@.part.tar $(SOURCES)
+	mv $@.part.tar $@
+
+# The two newest kernels that there are.
+$(BENCH)/kernels.stamp: | $(BENCH)/tools.stamp
+	rm -rf $(BENCH)/kernel-first $(BENCH)/kernel-second $(BENCH)/debs && mkdir -p $(BENCH)/debs
+	cd $(BENCH)/debs && set -- $$(apt-cache pkgnames linux-image-6.1.0- | grep -E '^linux-image-6\.1\.0-[0-9]+-cloud-amd64$$' | sort -V | tail -n 2) && \
+		apt-get download -q "$$1" "$$2" && dpkg-deb -x "$$1"_*.deb ../kernel-first && dpkg-deb -x "$$2"_*.deb ../kernel-second
+	touch $@
+
+# One program, and with another string in it.
+$(BENCH)/etcd-second: STRING := -X go.etcd.io/etcd/api/v3/version.GitSHA=8f1c5d2
+$(BENCH)/etcd-first $(BENCH)/etcd-second: examples/components/go.sum
+	@mkdir -p $(BENCH)
+	cd examples/components && CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w $(STRING)' -o $(CURDIR)/$@ go.etcd.io/etcd/server/v3
 
 clean:
 	rm -rf $(BUILD)

@@ -1,5 +1,6 @@
-// Command bench measures the builder against the standard tools on the same
-// input in the same run, and prints a Markdown table. `make bench` runs it.
+// Command bench measures the builder, and what becomes of an update, against the
+// standard tools on the same input in the same run, and prints Markdown tables.
+// `make bench` runs it.
 //
 // The reference makes the same parts: mkfs.erofs, veritysetup format, mkfs.vfat
 // and mtools for the boot partition, sgdisk, and dd into a sparse image; it gets
@@ -17,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -28,20 +30,28 @@ func main() {
 	holdfast := flag.String("holdfast", "build/bin/holdfast", "the builder")
 	inputs := flag.String("inputs", "build/inputs", "folder with linux-image.deb")
 	keyDir := flag.String("keys", "build/keys", "the vendor's keys")
+	trees := flag.String("trees", "build/bench", "folder with the roots, kernels and programs that updates are made of")
+	what := flag.String("what", "build,apply,add,fetch", "what to measure")
 	runs := flag.Int("runs", 5, "counted runs of each")
+	if len(os.Args) > 1 && os.Args[1] == rebuildVerb { // by itself, as a process whose memory is measured
+		if err := rebuildRoot(os.Args[2:]); err != nil {
+			fail(err)
+		}
+		return
+	}
 	flag.Parse()
 	b := &bench{runs: *runs}
 	for _, p := range []struct {
 		into *string
 		path string
-	}{{&b.holdfast, *holdfast}, {&b.inputs, *inputs}, {&b.keys, *keyDir}} {
+	}{{&b.holdfast, *holdfast}, {&b.inputs, *inputs}, {&b.keys, *keyDir}, {&b.trees, *trees}} {
 		abs, err := filepath.Abs(p.path)
 		if err != nil {
 			fail(err)
 		}
 		*p.into = abs
 	}
-	if err := b.run(); err != nil {
+	if err := b.run(strings.Split(*what, ",")); err != nil {
 		fail(err)
 	}
 }
@@ -52,8 +62,8 @@ func fail(err error) {
 }
 
 type bench struct {
-	holdfast, inputs, keys, dir string
-	runs                        int
+	holdfast, inputs, keys, trees, dir string
+	runs                               int
 }
 
 // measured is what one command cost, run by run.
@@ -71,11 +81,26 @@ func (m measured) text() string {
 	return fmt.Sprintf("%.2f s (%.2f to %.2f)", m.median().Seconds(), slices.Min(m.wall).Seconds(), slices.Max(m.wall).Seconds())
 }
 
-func (b *bench) run() (err error) {
+func (b *bench) run(what []string) (err error) {
 	if b.dir, err = os.MkdirTemp("", "holdfast-bench"); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
+	parts := map[string]func() error{"build": b.builds, "apply": b.applies, "add": b.adds, "fetch": b.fetches}
+	for _, w := range what {
+		part, ok := parts[w]
+		if !ok {
+			return fmt.Errorf("-what %s: there are build, apply, add and fetch", w)
+		}
+		if err := part(); err != nil {
+			return fmt.Errorf("%s: %w", w, err)
+		}
+		fmt.Println()
+	}
+	return nil
+}
+
+func (b *bench) builds() error {
 	if err := b.prepare("small", 3000, 230<<20); err != nil {
 		return err
 	}
