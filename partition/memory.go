@@ -3,15 +3,17 @@ package partition
 import (
 	"fmt"
 	"io"
+	"sync"
 )
 
 // pageBytes is the unit in which [Memory] allocates and [Memory.Clone] shares.
 const pageBytes = 64 << 10
 
 // Memory is a [Device] in memory. Pages never written cost nothing and read as
-// zeros, so a disk of many gigabytes that holds little is cheap. It is not safe
-// for concurrent use.
+// zeros, so a disk of many gigabytes that holds little is cheap. Like a disk, it may
+// be read and written at once: a slot is written while another one is read.
 type Memory struct {
+	mu        sync.RWMutex // over all of the below, and the pages' bytes
 	sizeBytes int64
 	pages     map[int64]*page
 	owner     *owner // pages with another owner are shared and copied before a write
@@ -33,6 +35,8 @@ func NewMemory(sizeBytes int64) *Memory {
 // Clone returns an independent device with the same content. Pages are shared
 // until one side writes them.
 func (m *Memory) Clone() *Memory {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	c := &Memory{sizeBytes: m.sizeBytes, pages: make(map[int64]*page, len(m.pages)), owner: new(owner)}
 	for i, p := range m.pages {
 		c.pages[i] = p
@@ -42,7 +46,11 @@ func (m *Memory) Clone() *Memory {
 }
 
 // Size is the length in bytes.
-func (m *Memory) Size() int64 { return m.sizeBytes }
+func (m *Memory) Size() int64 {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.sizeBytes
+}
 
 // Sync does nothing: memory keeps no write back.
 func (m *Memory) Sync() error { return nil }
@@ -51,6 +59,8 @@ func (m *Memory) Sync() error { return nil }
 // does. It breaks the promise of [Device.Size] and is for tests and builders
 // that hold no view of it.
 func (m *Memory) Resize(sizeBytes int64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	for i, p := range m.pages {
 		start := i * pageBytes
 		switch {
@@ -66,6 +76,8 @@ func (m *Memory) Resize(sizeBytes int64) {
 
 // ReadAt implements [io.ReaderAt].
 func (m *Memory) ReadAt(b []byte, off int64) (int, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
 	if off < 0 {
 		return 0, fmt.Errorf("read memory device at %d: negative offset", off)
 	}
@@ -91,6 +103,8 @@ func (m *Memory) ReadAt(b []byte, off int64) (int, error) {
 
 // WriteAt implements [io.WriterAt]. A write that would cross the end changes nothing.
 func (m *Memory) WriteAt(b []byte, off int64) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	if off < 0 || int64(len(b)) > m.sizeBytes-off {
 		return 0, fmt.Errorf("write %d bytes at %d of a memory device of %d bytes: out of range", len(b), off, m.sizeBytes)
 	}
