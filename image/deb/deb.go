@@ -10,6 +10,7 @@
 package deb
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"errors"
@@ -111,7 +112,7 @@ func decompress(r io.Reader, suffix string) (io.ReadCloser, error) {
 		}
 		return d.IOReadCloser(), nil
 	case ".xz":
-		d, err := xz.NewReader(r)
+		d, err := xz.NewReader(bufio.NewReaderSize(r, 64<<10)) // it reads byte by byte
 		if err != nil {
 			return nil, fmt.Errorf("debian package: %w", err)
 		}

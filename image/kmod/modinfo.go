@@ -1,6 +1,7 @@
 package kmod
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"debug/elf"
@@ -175,7 +176,7 @@ func unpack(suffix string, c tree.Content) (io.ReadCloser, error) {
 		}
 		return unpacker{z, func() error { return errors.Join(z.Close(), f.Close()) }}, nil
 	case ".ko.xz":
-		z, err := xz.NewReader(f)
+		z, err := xz.NewReader(bufio.NewReader(f)) // it reads byte by byte
 		if err != nil {
 			return nil, errors.Join(err, f.Close())
 		}

@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"bufio"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -88,7 +89,7 @@ func decompress(c compression, r io.Reader) (io.ReadCloser, error) {
 		}
 		return d.IOReadCloser(), nil
 	case xzCompressed:
-		d, err := xz.NewReader(r)
+		d, err := xz.NewReader(bufio.NewReaderSize(r, chunkBytes)) // it reads byte by byte
 		if err != nil {
 			return nil, err
 		}
