@@ -52,7 +52,7 @@ func (h *consoleHandler) Handle(_ context.Context, r slog.Record) error {
 }
 
 func formatAttr(a slog.Attr) string {
-	v := a.Value.String()
+	v := brief(a.Value.String())
 	// What comes from a disk or a network must not draw on the console.
 	odd := func(r rune) bool { return r == ' ' || r == '"' || !unicode.IsPrint(r) }
 	if v == "" || strings.ContainsFunc(v, odd) || !utf8.ValidString(v) {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -24,8 +25,11 @@ const (
 	mediaPoll = 2 * time.Second
 	busyPoll  = time.Second
 	// maxMediaNames is how many names of a medium's top folder are looked at; a stick
-	// may have a million files.
-	maxMediaNames = 4096
+	// may have a million files. They are read mediaNamesAtOnce, and of what is found,
+	// maxMediaBundles are tried: the same as for one that is damaged, and hours otherwise.
+	maxMediaNames    = 100_000
+	mediaNamesAtOnce = 256
+	maxMediaBundles  = 64
 	// BundleSuffix ends the names of the bundles that are looked for on a medium.
 	BundleSuffix = ".bundle"
 	// RepositoryFolder is where a repository is looked for on a medium, beside its top folder.
@@ -41,12 +45,14 @@ const (
 func (u *Updater) watchMedia(ctx context.Context, systemDisk string, reboot func(version string)) {
 	seen := map[string]string{}
 	for {
-		for name, id := range mediaDevices(systemDisk) {
+		here := mediaDevices(systemDisk)
+		for _, name := range slices.Sorted(maps.Keys(here)) {
+			id := here[name]
 			if seen[name] == id {
 				continue
 			}
 			seen[name] = id
-			version, err := u.fromMedium(ctx, "/dev/"+name)
+			version, err := u.fromMedium(ctx, "/dev/"+name, func() bool { return mediaDevices(systemDisk)[name] == id })
 			if err != nil {
 				u.Log.Warn("medium", "device", name, "error", err)
 			}
@@ -108,15 +114,20 @@ func fileSystemOf(r io.ReaderAt) (string, error) {
 }
 
 // fromMedium mounts a medium, installs the first release it has for this box, and
-// says how that went, on the medium too when the spec allows it.
-func (u *Updater) fromMedium(ctx context.Context, device string) (version string, err error) {
+// says how that went, on the medium too when the spec allows it. still says whether
+// the device is the same medium yet.
+func (u *Updater) fromMedium(ctx context.Context, device string, still func() bool) (version string, err error) {
 	f, err := os.Open(device)
 	if err != nil {
 		return "", err
 	}
 	fs, err := fileSystemOf(f)
-	if err = errors.Join(err, f.Close()); err != nil || fs == "" {
+	if err = errors.Join(err, f.Close()); err != nil {
 		return "", err
+	}
+	if fs == "" {
+		u.Log.Info("medium", "device", device, "filesystem", "none that is known")
+		return "", nil
 	}
 	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
 		return "", err
@@ -124,7 +135,8 @@ func (u *Updater) fromMedium(ctx context.Context, device string) (version string
 	u.Log.Info("medium", "device", device, "filesystem", fs)
 	version, found, err := u.applyFromFolder(ctx, mediaPath)
 	unmountMedium()
-	if found && u.Config.WriteBack && fs != "ext4" {
+	// What cannot be read, or was pulled out, is not written to: there may be another in its place.
+	if found && u.Config.WriteBack && fs != "ext4" && !errors.Is(err, unix.EIO) && still() {
 		err = errors.Join(err, u.writeBack(device, fs))
 	}
 	return version, err
@@ -136,7 +148,9 @@ func mountMedium(device, fs string, flags uintptr) error {
 	}
 	options := ""
 	if fs == "ext4" {
-		options = "noload" // a journal that is replayed is a medium that is written
+		// A journal that is replayed is a medium that is written. And what to do about
+		// errors is written on the medium: it may say that the kernel is to panic.
+		options = "noload,errors=continue"
 	}
 	if err := unix.Mount(device, mediaPath, fs, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, options); err != nil {
 		return fmt.Errorf("mount %s as %s: %w", device, fs, err)
@@ -189,17 +203,24 @@ func findReleases(dir string) ([]string, error) {
 		return nil, err
 	}
 	defer d.Close()
-	entries, err := d.ReadDir(maxMediaNames)
-	if err != nil && err != io.EOF {
-		return nil, err
-	}
 	var list []string
-	for _, e := range entries {
-		if e.Type().IsRegular() && strings.HasSuffix(strings.ToLower(e.Name()), BundleSuffix) && !strings.HasPrefix(e.Name(), ".") {
-			list = append(list, filepath.Join(dir, e.Name()))
+	for seen := 0; seen < maxMediaNames && len(list) < maxMediaBundles; {
+		entries, err := d.ReadDir(mediaNamesAtOnce)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		seen += len(entries)
+		for _, e := range entries {
+			if e.Type().IsRegular() && strings.HasSuffix(strings.ToLower(e.Name()), BundleSuffix) && !strings.HasPrefix(e.Name(), ".") {
+				list = append(list, filepath.Join(dir, e.Name()))
+			}
 		}
 	}
 	slices.Sort(list)
+	list = list[:min(len(list), maxMediaBundles)]
 	for _, folder := range []string{filepath.Join(dir, RepositoryFolder), dir} {
 		if info, err := os.Lstat(folder); err != nil || !info.IsDir() && folder != dir {
 			continue

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 
@@ -83,21 +84,66 @@ func TestStickOfAllKinds(t *testing.T) {
 	}
 }
 
-// TestStickWithManyFiles: no more names are read than the cap.
+// TestStickWithManyFiles: a bundle among tens of thousands of pictures is found, and
+// of tens of thousands of bundles, as many as the cap.
 func TestStickWithManyFiles(t *testing.T) {
-	dir := onTmpfs(t, "size=64m,nr_inodes=120k")
-	for i := range 100_000 {
-		if err := unix.Mknod(filepath.Join(dir, fmt.Sprintf("%06d.bundle", i)), unix.S_IFREG|0o600, 0); err != nil {
-			t.Fatal(err)
+	dir := onTmpfs(t, "size=64m,nr_inodes=150k")
+	make := func(names string, n int) {
+		t.Helper()
+		for i := range n {
+			if err := unix.Mknod(filepath.Join(dir, fmt.Sprintf(names, i)), unix.S_IFREG|0o600, 0); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	began := time.Now()
+	make("%06d.jpg", maxMediaNames/4)
+	make("release-%d.bundle", 1)
+	make("IMG%06d.jpg", maxMediaNames/4)
+	if list, err := findReleases(dir); err != nil || len(list) != 1 || filepath.Base(list[0]) != "release-0.bundle" {
+		t.Errorf("among pictures: %q, %v", list, err)
+	}
+	make("%06d.bundle", maxMediaNames/2)
 	list, err := findReleases(dir)
-	if err != nil || len(list) != maxMediaNames || !slices.IsSorted(list) {
+	if err != nil || len(list) != maxMediaBundles || !slices.IsSorted(list) {
 		t.Errorf("%d found, %v", len(list), err)
 	}
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > 20*time.Second {
 		t.Errorf("it took %v", d)
+	}
+}
+
+// TestStickWithOddNames: what is shown of a file's name does nothing to a terminal,
+// and a name that is too long or no text is noted once.
+func TestStickWithOddNames(t *testing.T) {
+	a := newAppliance(newVendor(t, "1.0.0"), "1.0.0")
+	dir := t.TempDir()
+	for _, name := range []string{"\x1b[2J\x1b]0;owned\a", "line\nFAILED    release 9.9.9", "\xff\xfe", "-rf", " ", "\u202ecilbup", strings.Repeat("x", 240)} {
+		putFile(t, filepath.Join(dir, name+BundleSuffix), make([]byte, 600))
+	}
+	var memory string
+	for range 3 {
+		if version, found, err := a.u.applyFromFolder(t.Context(), dir); version != "" || !found || !errors.Is(err, update.ErrUntrusted) {
+			t.Fatalf("%q, found %v: %v", version, found, err)
+		}
+		if now := a.memory(); memory != "" && now != memory {
+			t.Errorf("looked at again: %s, before: %s", now, memory)
+		}
+		memory = a.memory()
+	}
+	a.u.set(func(r *UpdateStatus) { r.LastError = "read medium:\x1b[31m\n.bundle" + strings.Repeat("x", 1<<20) })
+	s := a.u.Status()
+	var b strings.Builder
+	if _, err := s.WriteTo(&b); err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(b.String()) {
+		if strings.HasPrefix(line, "FAILED") || len(line) > 2*maxTextBytes {
+			t.Errorf("%.200q", line)
+		}
+		if i := strings.IndexFunc(strings.TrimSuffix(line, "\n"), func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 {
+			t.Errorf("byte %d of %q", i, line)
+		}
 	}
 }
 

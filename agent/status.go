@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 
 	"github.com/holdfast-os/holdfast/image"
 )
@@ -139,6 +140,28 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err
+}
+
+// maxTextBytes is how much of a text that may have come from a medium or a network is shown.
+const maxTextBytes = 1500
+
+// brief cuts a text, on the console and in status.
+func brief(s string) string {
+	if len(s) <= maxTextBytes {
+		return s
+	}
+	return strings.ToValidUTF8(s[:maxTextBytes], "") + "…"
+}
+
+// printable is a text in one line that does nothing to a terminal: a file's name on
+// a stick, for one, can have any bytes.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, brief(s))
 }
 
 func orNone(s string) string {
