@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"filippo.io/age"
 	"github.com/theupdateframework/go-tuf/v2/metadata"
 	"golang.org/x/sys/unix"
 )
@@ -897,4 +898,38 @@ func (s *shortWriter) Write(p []byte) (int, error) {
 
 func (s *shortWriter) ReadFrom(r io.Reader) (int64, error) {
 	return io.Copy(struct{ io.Writer }{s}, r)
+}
+
+// TestEndlessAgeHeader: a file that says it is encrypted and whose header goes on
+// and on is refused from its first bytes, with an error that can be shown.
+func TestEndlessAgeHeader(t *testing.T) {
+	k, err := age.GenerateX25519Identity()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, line := range map[string]string{
+		"one line": strings.Repeat("\xff", 3<<20), "lines": strings.Repeat("-> X25519 a\n\n", 200_000), "nothing": "",
+		"an end, then a line": "---\n" + strings.Repeat("\x00", 3<<20), "a line, then an end": strings.Repeat("\x01", maxAgeHeader) + "\n--- ",
+	} {
+		text := ageMagic + line
+		r := &countedReader{r: strings.NewReader(text)}
+		_, err := OpenBundle(r, int64(len(text)), k)
+		if !errors.Is(err, ErrUntrusted) || len(err.Error()) > 1000 {
+			t.Errorf("%s: %.300q", name, err)
+		}
+		if r.n > 3*maxAgeHeader {
+			t.Errorf("%s: %d bytes read", name, r.n)
+		}
+	}
+}
+
+type countedReader struct {
+	r *strings.Reader
+	n int
+}
+
+func (c *countedReader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := c.r.ReadAt(p, off)
+	c.n += n
+	return n, err
 }

@@ -58,6 +58,9 @@ func OpenBundle(r io.ReaderAt, size int64, identities ...age.Identity) (*Bundle,
 		if len(identities) == 0 {
 			return nil, fmt.Errorf("open bundle: %w", ErrEncrypted)
 		}
+		if err := checkAgeHeader(r, size); err != nil {
+			return nil, fmt.Errorf("open encrypted bundle: %w: %w", ErrUntrusted, err)
+		}
 		plain, n, err := age.DecryptReaderAt(r, size, identities...)
 		if err != nil {
 			return nil, fmt.Errorf("open encrypted bundle: %w: %w", ErrUntrusted, err)
@@ -69,6 +72,22 @@ func OpenBundle(r io.ReaderAt, size int64, identities ...age.Identity) (*Bundle,
 		return nil, fmt.Errorf("open bundle: %w: %w", ErrUntrusted, err)
 	}
 	return b, nil
+}
+
+// maxAgeHeader is room for hundreds of recipients.
+const maxAgeHeader = 64 << 10
+
+// checkAgeHeader finds the end of an encrypted file's header, a line that begins with
+// three hyphens (age-encryption.org/v1). Package age takes 2 MiB of it, any of which it
+// would have in its errors.
+func checkAgeHeader(r io.ReaderAt, size int64) error {
+	head := make([]byte, min(size, maxAgeHeader))
+	if n, err := r.ReadAt(head, 0); err != nil && err != io.EOF {
+		return fmt.Errorf("read %d bytes of the header: %w", len(head), err)
+	} else if !bytes.Contains(head[:n], []byte("\n---")) {
+		return fmt.Errorf("its header does not end within %d bytes", len(head))
+	}
+	return nil
 }
 
 func (b *Bundle) index(size int64) error {
