@@ -29,8 +29,29 @@
 // journal, and that release is not taken again by itself. A slot that was good has its
 // boots counted too, up to its services, when the other slot is good (F74).
 //
-// After a hand-off nothing follows the repository: call `holdfast-agent update` from a
-// timer of the image's own, and `holdfast-agent bless` in every boot that is healthy.
+// # After a hand-off
+//
+// Of updates, the image's own init then does what the agent would, by four commands;
+// examples/debian has the units for systemd. `holdfast-agent update status` works at
+// any time, and one command waits for, or refuses to run beside, another.
+//
+//   - Nothing follows the repository and no medium is looked at. A timer runs
+//     `holdfast-agent update apply`, which ends with 0 when a release is installed, and
+//     then reboots when it likes; 3 is nothing new. For a bundle or a repository on a
+//     medium, mount it read-only and give the path.
+//   - In every boot that is healthy, and has been for a while (ten seconds here), run
+//     `holdfast-agent bless`. Nothing else makes a release the one that is kept. It
+//     has to follow the services that matter and their health: for systemd a unit with
+//     Requires= and After= on them that asks them once more and then blesses. Not only
+//     after an update: when both slots are good, the boots of a good one are counted
+//     until it is blessed again (F74), and five without take it for one that broke.
+//   - When that fails (OnFailure=), and by a timer for what hangs, run
+//     `holdfast-agent reject REASON`. It ends with 0 on trial: reboot then, as
+//     [RunSystem] does. The next try may go better; after the third the old release is
+//     back, and has the reason in its status and journal. It ends with 3 when the
+//     release was good before, which is kept: do nothing (systemd: ExecCondition=).
+//   - A kernel that panics reboots by itself. For an init that hangs, have it feed the
+//     watchdog (systemd: RuntimeWatchdogSec=).
 //
 // # What is not protected
 //

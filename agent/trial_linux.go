@@ -200,21 +200,54 @@ func (s *system) unready() string {
 }
 
 // Bless removes the boot counter of the running slot: for the init of an image
-// that took over, which alone knows when the system is healthy.
+// that took over, which alone knows when the system is healthy. That has to have
+// lasted for a while already.
 func Bless(s *Status) error {
 	disk, err := openSlots(s.Disk, s.Slot)
 	if err != nil {
 		return err
 	}
 	defer disk.close()
+	// First, while the entry still tells that this boot was a trial. What is wrong with
+	// the account is no reason not to keep a release that is healthy.
+	u, settled := OpenUpdater(slog.Default())
 	if err := disk.disk.Bless(disk.slot); err != nil {
 		return err
 	}
-	u, err := OpenUpdater(slog.Default())
 	if u != nil {
 		u.Commit()
 	}
-	return err
+	return settled
+}
+
+// ErrNotOnTrial says that there is nothing to reject.
+var ErrNotOnTrial = errors.New("the release that runs is not on trial")
+
+// Reject notes why the release that runs is not healthy, for the old one to report;
+// the caller then reboots. For the init of an image that took over. A release that
+// was good is kept whatever its health: it is [ErrNotOnTrial].
+func Reject(s *Status, reason string) error {
+	disk, err := openSlots(s.Disk, s.Slot)
+	if err != nil {
+		return err
+	}
+	defer disk.close()
+	entry, err := disk.running()
+	if err != nil {
+		return err
+	}
+	if !entry.Counted || wasGood(entry) {
+		return ErrNotOnTrial
+	}
+	u, err := OpenUpdater(slog.Default())
+	if u != nil {
+		u.TrialFailed(errors.New(reason))
+	}
+	if err != nil {
+		// Without its reason it has to be left all the same.
+		slog.Warn("why the trial failed is not noted", "error", err)
+	}
+	return nil
 }
 
 const (

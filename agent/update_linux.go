@@ -38,7 +38,8 @@ const (
 )
 
 // OpenUpdater is the updater after a hand-off to another init, where no agent runs;
-// nil in a release that takes no updates. It has settled what went before.
+// nil in a release that takes no updates. It has settled what went before, unless
+// another process is at work, which has. Processes keep out of each other's way.
 func OpenUpdater(log *slog.Logger) (*Updater, error) {
 	s := &system{log: log}
 	if err := s.load(); err != nil {
@@ -48,7 +49,23 @@ func OpenUpdater(log *slog.Logger) (*Updater, error) {
 	if u == nil || err != nil {
 		return nil, err
 	}
-	return u, u.Settle()
+	u.locks = filepath.Dir(statePath)
+	return u, u.settleAlone()
+}
+
+// settleAlone settles unless another process is at work: to this one, an
+// installation that goes on looks like one that was cut off.
+func (u *Updater) settleAlone() error {
+	end, err := u.begin()
+	if errors.Is(err, ErrUpdating) {
+		u.set(func(r *UpdateStatus) { r.Doing = "what another process is at" })
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer end()
+	return u.Settle()
 }
 
 // newUpdater is nil, nil in a release that takes no updates.

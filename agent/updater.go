@@ -57,6 +57,9 @@ type Updater struct {
 	Blocked error
 	Now     func() time.Time
 
+	// locks is where processes that share Dir have their locks; "" when there is only this one.
+	locks string
+
 	working sync.Mutex // held over a check or an installation
 	// remembered is held while the state is read, changed and written; the one who
 	// judges a trial writes it beside the one who checks. No other lock is taken within.
@@ -102,11 +105,11 @@ func (r *UpdateStatus) lines(b *strings.Builder) {
 		fmt.Fprintf(b, "update    %s in slot %s waits for its boot or its trial\n", p.Version, p.Slot)
 	}
 	if r.LastError != "" {
-		fmt.Fprintf(b, "update    last attempt: %s\n", r.LastError)
+		fmt.Fprintf(b, "update    last attempt: %s\n", printable(r.LastError))
 	}
 	for i := len(r.Failed) - 1; i >= 0 && i >= len(r.Failed)-3; i-- {
 		f := r.Failed[i]
-		fmt.Fprintf(b, "FAILED    release %s, %s: %s\n", f.Version, f.Time.UTC().Format(time.RFC3339), f.Reason)
+		fmt.Fprintf(b, "FAILED    release %s, %s: %s\n", f.Version, f.Time.UTC().Format(time.RFC3339), printable(f.Reason))
 	}
 }
 
@@ -125,10 +128,10 @@ func (r *UpdateStatus) WriteTo(w io.Writer) (int64, error) {
 	for _, e := range r.Journal {
 		fmt.Fprintf(&b, "%s  %-9s %s → %s", e.Time.UTC().Format(time.RFC3339), e.Result, orNone(e.From), orNone(e.To))
 		if e.Source != "" {
-			fmt.Fprintf(&b, " from %s, %d bytes in %d s", e.Source, e.FetchedBytes, e.Seconds)
+			fmt.Fprintf(&b, " from %s, %d bytes in %d s", printable(e.Source), e.FetchedBytes, e.Seconds)
 		}
 		if e.Reason != "" {
-			fmt.Fprintf(&b, ": %s", e.Reason)
+			fmt.Fprintf(&b, ": %s", printable(e.Reason))
 		}
 		fmt.Fprintln(&b)
 	}
@@ -166,6 +169,14 @@ func (u *Updater) reserve() {
 func (u *Updater) state(change func(*update.State)) *update.State {
 	u.remembered.Lock()
 	defer u.remembered.Unlock()
+	if u.locks != "" {
+		lock, err := lockFile(filepath.Join(u.locks, stateLock), unix.LOCK_EX)
+		if err != nil {
+			u.Log.Warn("update state", "error", err)
+		} else {
+			defer lock.Close()
+		}
+	}
 	s, err := update.LoadState(u.Dir, u.Now())
 	if err != nil {
 		u.Log.Warn("update state", "error", err)
@@ -342,11 +353,54 @@ func (u *Updater) TrialFailed(reason error) {
 // Check asks a source what there is for this box; want, when set, is the one
 // version a person asked for. Nothing for it is ErrNoUpdate, with the reasons.
 func (u *Updater) Check(ctx context.Context, src update.Source, want string) (*update.Candidate, error) {
+	end, err := u.begin()
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	return u.check(ctx, src, want)
+}
+
+// begin makes sure that nobody else checks or installs until end is called.
+func (u *Updater) begin() (end func(), err error) {
 	if !u.working.TryLock() {
 		return nil, ErrUpdating
 	}
-	defer u.working.Unlock()
-	return u.check(ctx, src, want)
+	if u.locks == "" {
+		return u.working.Unlock, nil
+	}
+	lock, err := lockFile(filepath.Join(u.locks, workLock), unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil {
+		u.working.Unlock()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = ErrUpdating
+		}
+		return nil, err
+	}
+	return func() { lock.Close(); u.working.Unlock() }, nil
+}
+
+// The locks after a hand-off, where every command is a process of its own.
+const (
+	workLock  = "update-work.lock"
+	stateLock = "update-state.lock"
+)
+
+// lockFile takes a lock that the kernel takes back when this process ends.
+func lockFile(path string, how int) (io.Closer, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
+	}
+	return f, nil
 }
 
 func (u *Updater) check(ctx context.Context, src update.Source, want string) (_ *update.Candidate, err error) {
@@ -355,7 +409,7 @@ func (u *Updater) check(ctx context.Context, src update.Source, want string) (_ 
 		u.set(func(r *UpdateStatus) {
 			r.Doing, r.LastCheck = "", u.Now().UTC()
 			if err != nil && !errors.Is(err, ErrNoUpdate) {
-				r.LastError = err.Error()
+				r.LastError = brief(err.Error())
 			}
 		})
 	}()
@@ -418,10 +472,11 @@ func explain(a *update.Answer, d update.Device) string {
 // has to boot for it to take effect. What waits for its first boot already is left
 // as it is.
 func (u *Updater) Apply(ctx context.Context, src update.Source, name, want string) (version string, err error) {
-	if !u.working.TryLock() {
-		return "", ErrUpdating
+	end, err := u.begin()
+	if err != nil {
+		return "", err
 	}
-	defer u.working.Unlock()
+	defer end()
 	began := u.Now()
 	c, err := u.check(ctx, src, want)
 	if errors.Is(err, ErrNoUpdate) {
@@ -440,7 +495,7 @@ func (u *Updater) Apply(ctx context.Context, src update.Source, name, want strin
 	}
 	entry.Time, entry.Seconds = u.Now(), int64(u.Now().Sub(began).Seconds())
 	if err != nil {
-		u.set(func(r *UpdateStatus) { r.LastError = err.Error() })
+		u.set(func(r *UpdateStatus) { r.LastError = brief(err.Error()) })
 		entry.Reason = err.Error()
 		if worthKeeping(err) {
 			u.state(func(s *update.State) { logOnce(s, entry) })
@@ -471,6 +526,9 @@ const maxRefusals = 10
 // same release from the same source for another reason takes the old one's place:
 // a reason can have the day's date in it.
 func logOnce(s *update.State, e update.JournalEntry) {
+	var cut update.State
+	cut.Log(e) // as the journal has it
+	e = cut.Journal[0]
 	refusals := 0
 	for i := len(s.Journal) - 1; i >= 0; i-- {
 		have := s.Journal[i]

@@ -689,6 +689,72 @@ func (s *blockingSource) Fetch(ctx context.Context, path string, offset, length 
 	return s.Dir.Fetch(ctx, path, offset, length)
 }
 
+// TestTwoProcesses: after a hand-off every command is a process. While one installs,
+// another one's status does not take that for an installation that was cut off, and
+// nothing else begins.
+func TestTwoProcesses(t *testing.T) {
+	v := newVendor(t, "1.0.0", "1.1.0", "1.2.0")
+	a := newAppliance(v, "1.0.0")
+	a.u.locks = a.dir
+	process := func() *Updater {
+		first := a.u
+		defer func() { a.u = first }()
+		if err := a.start(v.releases["1.0.0"]); err != nil {
+			t.Fatal(err)
+		}
+		a.u.locks = a.dir
+		return a.u
+	}
+	second := process() // before the first begins, so that what it does below is all it does
+	inside, leave := make(chan struct{}), make(chan struct{})
+	src := &blockingSource{Dir: v.source().(*update.Dir), inside: inside, leave: leave}
+	done := make(chan error)
+	go func() {
+		_, err := a.u.Apply(t.Context(), src, "test", "1.1.0")
+		done <- err
+	}()
+	<-inside
+	pending := &update.Pending{Slot: "b", Version: "1.1.0", RootHash: v.releases["1.1.0"].Verity.RootHash, Sequence: 99, Since: today}
+	a.u.state(func(s *update.State) { s.Pending = pending })
+	if err := second.settleAlone(); err != nil {
+		t.Error(err)
+	}
+	if s := second.Status(); s.Pending == nil || s.Doing == "" {
+		t.Errorf("seen by another process: %+v", s)
+	}
+	if _, err := second.Apply(t.Context(), v.source(), "test", "1.2.0"); !errors.Is(err, ErrUpdating) {
+		t.Error(err)
+	}
+	if _, err := second.Check(t.Context(), v.source(), ""); !errors.Is(err, ErrUpdating) {
+		t.Error(err)
+	}
+	close(leave)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	a.wantMemory("pending 1.1.0 in b;applied 1.0.0>1.1.0;")
+	const each = 10
+	for _, u := range []*Updater{a.u, second} {
+		go func() {
+			for range each {
+				u.state(func(s *update.State) { s.Log(update.JournalEntry{Time: today, Result: update.Committed}) })
+			}
+			done <- nil
+		}()
+	}
+	<-done
+	<-done
+	if n := len(a.u.Status().Journal); n != 1+2*each {
+		t.Errorf("%d entries, want %d", n, 1+2*each)
+	}
+	if err := second.settleAlone(); err != nil {
+		t.Error(err)
+	}
+	if _, err := second.Apply(t.Context(), v.source(), "test", "1.2.0"); err != nil {
+		t.Errorf("when the other one has ended: %v", err)
+	}
+}
+
 // TestStateWritersMeet: the one who checks and the one who judges write the same
 // file. Neither note is lost.
 func TestStateWritersMeet(t *testing.T) {

@@ -1,7 +1,7 @@
 // Command holdfast-agent is the device side of Holdfast: the init of the
 // initrd, PID 1 on the root, and the tool that asks the running agent.
 //
-// Exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or not on trial.
 package main
 
 import (
@@ -29,12 +29,13 @@ const usage = `usage: holdfast-agent VERB
   logs NAME [LINES]      the last lines a container printed
   poweroff, reboot       stop the services, close the volumes, end
   bless                  after a hand-off: this release is healthy, keep booting it
+  reject REASON          after a hand-off: it is not; done when it is on trial: reboot then
   update check|apply [PATH] [--version V] [--reboot] [--json]
                          from the spec's repository, or a bundle or repository at PATH
   update status [--json] what waits, what failed and why, the last 50 updates
   version
 
-exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install
+exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install, not on trial
 example: holdfast-agent status --json
 `
 
@@ -88,7 +89,9 @@ func run(args []string) int {
 	case (args[0] == "poweroff" || args[0] == "reboot") && len(args) == 1:
 		err = c.Power(ctx, args[0] == "reboot")
 	case args[0] == "bless" && len(args) == 1:
-		err = bless(ctx, c)
+		err = afterHandOff(ctx, c, agent.Bless)
+	case args[0] == "reject" && len(args) == 2:
+		err = afterHandOff(ctx, c, func(s *agent.Status) error { return agent.Reject(s, args[1]) })
 	case args[0] == "update" && len(args) > 1:
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "version" && len(args) == 1:
@@ -100,7 +103,7 @@ func run(args []string) int {
 		fmt.Fprint(os.Stderr, usage)
 		return 2
 	}
-	if errors.Is(err, agent.ErrNoUpdate) {
+	if errors.Is(err, agent.ErrNoUpdate) || errors.Is(err, agent.ErrNotOnTrial) {
 		fmt.Println(err)
 		return 3
 	}
@@ -224,12 +227,16 @@ func showProgress(ctx context.Context, c *agent.Client, done <-chan struct{}) {
 	}
 }
 
-func bless(ctx context.Context, c *agent.Client) error {
+// afterHandOff judges the release that runs where the image's own init does that.
+func afterHandOff(ctx context.Context, c *agent.Client, judge func(*agent.Status) error) error {
+	if _, err := c.UpdateStatus(ctx); !errors.Is(err, fs.ErrNotExist) {
+		return errors.New("the agent runs here, and judges by itself")
+	}
 	s, err := c.Status(ctx)
 	if err != nil {
 		return err
 	}
-	return agent.Bless(s)
+	return judge(s)
 }
 
 func logs(ctx context.Context, c *agent.Client, args []string) error {
