@@ -55,23 +55,55 @@ func (vm *VM) command(name string, arguments map[string]any) (err error) {
 	return nil
 }
 
-// stickName is QEMU's name of what is plugged in.
-const stickName = "stick"
+// QEMU's names of what is plugged in, and of what limits its speed.
+const (
+	stickName  = "stick"
+	stickSpeed = "stickspeed"
+)
 
 // Plug plugs a disk image in, as one would a stick. One at a time.
 func (vm *VM) Plug(image string, readOnly bool) error {
-	err := vm.command("blockdev-add", map[string]any{
+	return vm.plug(map[string]any{
 		"driver": "raw", "node-name": stickName, "read-only": readOnly,
 		"file": map[string]any{"driver": "file", "filename": image, "read-only": readOnly},
 	})
+}
+
+// PlugSlow is Plug of a stick that reads this many bytes a second, so that there is
+// time to pull it out in the middle of something.
+func (vm *VM) PlugSlow(image string, bytesPerSecond int64) error {
+	vm.command("object-del", map[string]any{"id": stickSpeed}) // of the one before, if any
+	err := vm.command("object-add", map[string]any{"qom-type": "throttle-group", "id": stickSpeed, "limits": map[string]any{"bps-read": bytesPerSecond}})
 	if err != nil {
+		return err
+	}
+	return vm.plug(map[string]any{
+		"driver": "throttle", "node-name": stickName, "throttle-group": stickSpeed,
+		"file": map[string]any{"driver": "raw", "file": map[string]any{"driver": "file", "filename": image}},
+	})
+}
+
+func (vm *VM) plug(drive map[string]any) error {
+	if err := vm.command("blockdev-add", drive); err != nil {
 		return err
 	}
 	return vm.command("device_add", map[string]any{"driver": "virtio-blk-pci", "id": stickName, "drive": stickName, "bus": stickPort})
 }
 
+// unplugTime is how long the guest may take to let go of what is pulled out.
+const unplugTime = 30 * time.Second
+
 // Unplug pulls it out, whatever the guest is doing with it. The guest takes some
-// seconds to notice.
+// seconds to notice, which Unplug waits for; then another can be plugged in.
 func (vm *VM) Unplug() error {
-	return vm.command("device_del", map[string]any{"id": stickName})
+	if err := vm.command("device_del", map[string]any{"id": stickName}); err != nil {
+		return err
+	}
+	for deadline := time.Now().Add(unplugTime); ; time.Sleep(100 * time.Millisecond) {
+		// It is in use for as long as the guest has it.
+		err := vm.command("blockdev-del", map[string]any{"node-name": stickName})
+		if err == nil || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
