@@ -1,6 +1,7 @@
 package luks2
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -37,6 +38,10 @@ func GenerateRecoveryKey(rand io.Reader) (*RecoveryKey, error) {
 // String returns the secret in its written form. It is for the person who keeps
 // the key; do not format a key into messages.
 func (k *RecoveryKey) String() string { return string(k.Passphrase()) }
+
+// Bytes returns the secret itself, which [GenerateRecoveryKey] reads back. The caller
+// wipes it.
+func (k *RecoveryKey) Bytes() []byte { return bytes.Clone(k.secret[:]) }
 
 // Passphrase returns the bytes that open the keyslot: the written form, lower
 // case, with dashes and without a newline, as systemd enrols it. The caller
