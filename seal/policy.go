@@ -19,6 +19,7 @@ import (
 const (
 	PolicyStandard      = "standard"
 	PolicyStrict        = "strict"
+	PolicyRollbackProof = "rollback-proof"
 	PolicyDiskTheftOnly = "disk-theft-only"
 )
 
@@ -33,6 +34,12 @@ type Policy struct {
 	// PolicyKeyPEM is the RSA-2048 public key (SubjectPublicKeyInfo). Needed
 	// with SignedPCRs, refused without.
 	PolicyKeyPEM []byte
+	// Ref is what the vendor's signature must be for besides the values: the
+	// policyRef of TPM2_PolicyAuthorize. Empty for plain signatures; otherwise
+	// [EpochRef].
+	Ref string
+	// Counter, when set, bounds one of the TPM's counters.
+	Counter *Counter
 	// PCRs must have exactly these values.
 	PCRs map[int]pcr.Digest
 	// PIN asks for a PIN too. Only then do failures count for lockout.
@@ -40,9 +47,75 @@ type Policy struct {
 }
 
 // Standard is the default policy: PCR 11 as the vendor signed it and these
-// literal values, which are PCR 7, and with Secure Boot off also 4 and 12.
+// literal values, which are those of [Literal].
 func Standard(policyKeyPEM []byte, literal map[int]pcr.Digest) Policy {
 	return Policy{Name: PolicyStandard, SignedPCRs: []int{11}, PolicyKeyPEM: policyKeyPEM, PCRs: literal}
+}
+
+// Strict binds one image on one machine in one state: these literal values,
+// which are those of [Literal], and nobody's signature. Every update of image
+// or firmware needs a seal of its own, made before the restart.
+func Strict(literal map[int]pcr.Digest) Policy {
+	return Policy{Name: PolicyStrict, PCRs: literal}
+}
+
+// RollbackProof is [Standard] against old images and old headers too: the
+// vendor's signature must be for this security epoch ([EpochRef]), and the
+// TPM's counter must not have passed counter.Max.
+func RollbackProof(policyKeyPEM []byte, epoch uint64, counter Counter, literal map[int]pcr.Digest) Policy {
+	p := Standard(policyKeyPEM, literal)
+	p.Name, p.Ref, p.Counter = PolicyRollbackProof, EpochRef(epoch), &counter
+	return p
+}
+
+// DiskTheftOnly binds PCR 11 as the vendor signed it and nothing else: a disk
+// without its machine is closed, and everything else is left to the firmware's
+// settings. It is degraded ([Policy.Degraded]).
+func DiskTheftOnly(policyKeyPEM []byte) Policy {
+	return Policy{Name: PolicyDiskTheftOnly, SignedPCRs: []int{11}, PolicyKeyPEM: policyKeyPEM}
+}
+
+// Literal lists the registers whose present values a policy of that name
+// binds. Without Secure Boot nothing but the boot loader's own measurement
+// (PCR 4) and that of the command line and its additions (PCR 12) stands
+// between a signed image's public hashes and an imitation.
+func Literal(name string, secureBoot bool) ([]int, error) {
+	var bound []int
+	switch name {
+	case PolicyStandard, PolicyRollbackProof:
+		if bound = []int{7}; !secureBoot {
+			bound = []int{4, 7, 12}
+		}
+	case PolicyStrict:
+		if bound = []int{0, 2, 4, 7, 11}; !secureBoot {
+			bound = append(bound, 12)
+		}
+	case PolicyDiskTheftOnly:
+	default:
+		return nil, fmt.Errorf("policy %q is not known; there are %s, %s, %s and %s", name, PolicyStandard, PolicyStrict, PolicyRollbackProof, PolicyDiskTheftOnly)
+	}
+	return bound, nil
+}
+
+// EpochRef is the reference under which the vendor signs for a security epoch.
+// A release of epoch N is signed for each of 1 to N, so it serves devices that
+// have not come that far, and an older release cannot serve one that has.
+func EpochRef(epoch uint64) string { return fmt.Sprintf("holdfast-epoch-%d", epoch) }
+
+// maxRefBytes is well below what a TPM takes as policyRef (a nonce's 32 bytes
+// on the smallest, Part 2 §10.4.4).
+const maxRefBytes = 32
+
+func checkRef(ref string) error {
+	if len(ref) > maxRefBytes {
+		return fmt.Errorf("reference %q: %d bytes, a TPM takes %d", ref, len(ref), maxRefBytes)
+	}
+	for _, c := range []byte(ref) {
+		if c <= ' ' || c > '~' {
+			return fmt.Errorf("reference %q: printable ASCII without spaces expected", ref)
+		}
+	}
+	return nil
 }
 
 // Bound lists every register the policy depends on, ascending.
@@ -72,6 +145,20 @@ func (p Policy) Validate() error {
 			return fmt.Errorf("policy %q: %w", p.Name, err)
 		}
 	}
+	if len(p.SignedPCRs) == 0 && p.Ref != "" {
+		return fmt.Errorf("policy %q has a reference %q and no signed PCR", p.Name, p.Ref)
+	}
+	if err := checkRef(p.Ref); err != nil {
+		return fmt.Errorf("policy %q: %w", p.Name, err)
+	}
+	if p.Counter != nil {
+		if err := p.Counter.validate(); err != nil {
+			return fmt.Errorf("policy %q: %w", p.Name, err)
+		}
+	}
+	if p.Name == PolicyRollbackProof && (p.Ref == "" || p.Counter == nil) {
+		return fmt.Errorf("policy %q needs the reference of a security epoch and a counter", p.Name)
+	}
 	return nil
 }
 
@@ -94,8 +181,15 @@ func (p Policy) Describe() []string {
 			key = fmt.Sprintf("key %x", k.fingerprint[:8])
 		}
 		for _, i := range slices.Sorted(slices.Values(p.SignedPCRs)) {
-			lines = append(lines, fmt.Sprintf("PCR %s: any value signed by the vendor (%s)", pcr.Label(i), key))
+			line := fmt.Sprintf("PCR %s: any value signed by the vendor (%s)", pcr.Label(i), key)
+			if p.Ref != "" {
+				line += fmt.Sprintf(" for %q", p.Ref)
+			}
+			lines = append(lines, line)
 		}
+	}
+	if p.Counter != nil {
+		lines = append(lines, fmt.Sprintf("the TPM's counter 0x%08x: at most %d", p.Counter.Index, p.Counter.Max))
 	}
 	for _, i := range slices.Sorted(maps.Keys(p.PCRs)) {
 		v := p.PCRs[i]
@@ -111,8 +205,8 @@ func (p Policy) Describe() []string {
 }
 
 // Digest is what TPM2_PolicyGetDigest gives for a session that satisfies the
-// policy: [PolicyAuthorize] -> [PolicyPCR] -> [PolicyAuthValue], each only if
-// asked for. systemd uses the same order.
+// policy: [PolicyAuthorize] -> [PolicyNV] -> [PolicyPCR] -> [PolicyAuthValue],
+// each only if asked for. systemd uses the same order, without PolicyNV.
 func (p Policy) Digest() (pcr.Digest, error) {
 	if err := p.Validate(); err != nil {
 		return pcr.Digest{}, err
@@ -123,7 +217,13 @@ func (p Policy) Digest() (pcr.Digest, error) {
 		if err != nil {
 			return pcr.Digest{}, err
 		}
-		digest = authorizeDigest(key.name)
+		digest = authorizeDigest(key.name, p.Ref)
+	}
+	if p.Counter != nil {
+		var err error
+		if digest, err = p.Counter.appendPolicy(digest); err != nil {
+			return pcr.Digest{}, fmt.Errorf("policy %q: %w", p.Name, err)
+		}
 	}
 	if len(p.PCRs) > 0 {
 		var err error
@@ -139,11 +239,11 @@ func (p Policy) Digest() (pcr.Digest, error) {
 }
 
 // authorizeDigest is the policy digest after TPM2_PolicyAuthorize by the key of
-// that name with an empty policyRef; what was there before is gone. Part 3 §23.16.
-func authorizeDigest(name []byte) pcr.Digest {
+// that name with that policyRef; what was there before is gone. Part 3 §23.16.
+func authorizeDigest(name []byte, ref string) pcr.Digest {
 	b := binary.BigEndian.AppendUint32(make([]byte, len(pcr.Digest{})), uint32(tpm2.TPMCCPolicyAuthorize))
 	first := sha256.Sum256(append(b, name...))
-	return sha256.Sum256(first[:]) // the empty policyRef
+	return sha256.Sum256(append(first[:], ref...))
 }
 
 // policyKey is the vendor's key as the TPM sees it.

@@ -22,6 +22,7 @@ import (
 // registers do not have the values the key was sealed for.
 type PolicyError struct {
 	Reason  string // a sentence without its full stop
+	For     string // the token's [Token.For]
 	Signed  []int  // registers that need a signature
 	Literal []int  // registers that need their old value
 	Now     map[int]pcr.Digest
@@ -35,7 +36,14 @@ func (e *PolicyError) Error() string {
 	if len(e.Literal) > 0 {
 		parts = append(parts, fmt.Sprintf("literal PCR %v", e.Literal))
 	}
-	return fmt.Sprintf("the key's policy (%s) does not match this boot: %s", strings.Join(parts, ", "), e.Reason)
+	whose := "the key's policy"
+	if e.For != "" {
+		whose = fmt.Sprintf("the policy of the key for %q", e.For)
+	}
+	if len(parts) > 0 {
+		whose += " (" + strings.Join(parts, ", ") + ")"
+	}
+	return fmt.Sprintf("%s does not match this boot: %s", whose, e.Reason)
 }
 
 const (
@@ -71,6 +79,8 @@ func Seal(t TPM, srk SRK, secret []byte, policy Policy, pin []byte) (Token, erro
 		PCRs:         slices.Sorted(maps.Keys(policy.PCRs)),
 		SignedPCRs:   slices.Sorted(slices.Values(policy.SignedPCRs)),
 		PolicyKeyPEM: policy.PolicyKeyPEM,
+		Ref:          policy.Ref,
+		Counter:      policy.Counter,
 		PolicyHash:   digest,
 		PIN:          policy.PIN,
 		SRK:          &SRKRef{Handle: uint32(srk.handle), Name: srk.Name, Public: tpm2.Marshal(srk.public)},
@@ -144,30 +154,54 @@ const (
 //
 // Whatever happens, no session and no object is left in the TPM.
 func Unseal(t TPM, token Token, signatures Signatures, pin []byte) ([]byte, error) {
+	secret, _, err := UnsealAny(t, []Token{token}, signatures, pin)
+	return secret, err
+}
+
+// UnsealAny is [Unseal] for a header with a token for each state the box may be
+// in: it reads the registers once and asks for the one secret whose policy they
+// fulfil ([Choose]). i is that token, or on an error the one the error is about
+// (-1 if there is none). A further token that matches is tried only where the
+// first was refused for what cannot be seen beforehand, a counter that has
+// moved on or a damaged object, and never after a wrong PIN.
+func UnsealAny(t TPM, tokens []Token, signatures Signatures, pin []byte) (secret []byte, i int, err error) {
 	t = patient{t}
+	found, err := choose(t, tokens, signatures)
+	if err != nil {
+		return nil, found.closest, fmt.Errorf("unseal: %w", tpmError(t, err))
+	}
+	var first error
+	for _, m := range found.ordered(tokens, len(pin) > 0) {
+		secret, err := unsealMatched(t, tokens[m.index], m, signatures, pin)
+		if err == nil {
+			return secret, m.index, nil
+		}
+		if first == nil {
+			first, i = err, m.index
+		}
+		var refused *PolicyError
+		if errors.As(err, &refused) {
+			refused.For = tokens[m.index].For
+		} else if !errors.Is(err, ErrWrongTPM) {
+			break
+		}
+	}
+	return nil, i, first
+}
+
+// unsealMatched loads the object and tries until nothing interferes.
+func unsealMatched(t TPM, token Token, m match, signatures Signatures, pin []byte) ([]byte, error) {
 	if token.PIN && len(pin) == 0 {
 		return nil, ErrPINNeeded
 	}
-	if err := token.checkObject(); err != nil {
-		return nil, fmt.Errorf("unseal: %w", err)
-	}
-	parent, err := parentOf(t, token)
+	parent, object, err := load(t, token)
 	if err != nil {
 		return nil, fmt.Errorf("unseal: %w", tpmError(t, err))
 	}
 	defer parent.Close(t)
-	loaded, err := tpm2.Load{
-		ParentHandle: parent.auth(),
-		InPrivate:    tpm2.TPM2BPrivate{Buffer: token.Private},
-		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](token.Public),
-	}.Execute(t)
-	if err != nil {
-		return nil, fmt.Errorf("load the sealed object: %w", tpmError(t, err))
-	}
-	defer flush(t, loaded.ObjectHandle)
-	object := tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: objectName(token.Public)}
+	defer flush(t, object.Handle)
 	for try := 1; ; try++ {
-		secret, err := unsealOnce(t, parent, object, token, signatures, pin)
+		secret, err := unsealOnce(t, parent, object, token, m, pin)
 		if err == nil {
 			return secret, nil
 		}
@@ -180,7 +214,61 @@ func Unseal(t TPM, token Token, signatures Signatures, pin []byte) ([]byte, erro
 		// Jitter, so that we do not march in step with the other measurer.
 		limit := min(maxUnsealPause, time.Duration(try)*5*time.Millisecond)
 		time.Sleep(time.Duration(mathrand.Int64N(int64(limit))))
+		if m, err = look(t, token, signatures); err != nil {
+			return nil, fmt.Errorf("unseal, try %d: %w", try+1, tpmError(t, err))
+		}
 	}
+}
+
+// load has the TPM load the sealed object. It asks for the storage key's
+// public area only when the key does not do what the token says it is. The
+// plain password session gives nothing away: the object is encrypted, the
+// key's auth value is empty, and the session that unseals is bound to both
+// names.
+func load(t TPM, token Token) (SRK, tpm2.NamedHandle, error) {
+	if parent, ok := token.SRK.claimed(); ok {
+		object, err := loadUnder(t, parent, token)
+		if err == nil || !wrongParent(err) {
+			return parent, object, err
+		}
+	}
+	parent, err := parentOf(t, token)
+	if err != nil {
+		return SRK{}, tpm2.NamedHandle{}, err
+	}
+	object, err := loadUnder(t, parent, token)
+	if err != nil {
+		parent.Close(t)
+		return SRK{}, tpm2.NamedHandle{}, err
+	}
+	return parent, object, nil
+}
+
+func loadUnder(t TPM, parent SRK, token Token) (tpm2.NamedHandle, error) {
+	rsp, err := tpm2.Load{
+		ParentHandle: tpm2.AuthHandle{Handle: parent.handle, Name: parent.tpmName(), Auth: tpm2.PasswordAuth(nil)},
+		InPrivate:    tpm2.TPM2BPrivate{Buffer: token.Private},
+		InPublic:     tpm2.BytesAs2B[tpm2.TPMTPublic](token.Public),
+	}.Execute(t)
+	if err != nil {
+		return tpm2.NamedHandle{}, fmt.Errorf("load the sealed object: %w", err)
+	}
+	return tpm2.NamedHandle{Handle: rsp.ObjectHandle, Name: objectName(token.Public)}, nil
+}
+
+// wrongParent: nothing is at the handle, or a key of another kind, or another
+// storage key. The refused password of such a key counts for lockout if it
+// lacks noDA; that is one count in a boot that needs help anyway.
+func wrongParent(err error) bool {
+	for _, rc := range []tpm2.TPMRC{
+		tpm2.TPMRCHandle, tpm2.TPMRCIntegrity, tpm2.TPMRCType, tpm2.TPMRCKey, tpm2.TPMRCAttributes, tpm2.TPMRCHash, tpm2.TPMRCSymmetric,
+		tpm2.TPMRCBadAuth, tpm2.TPMRCAuthFail, tpm2.TPMRCAuthUnavailable, tpm2.TPMRCAuthType,
+	} {
+		if errors.Is(err, rc) {
+			return true
+		}
+	}
+	return false
 }
 
 // objectName is the name of a TPMT_PUBLIC whose name algorithm is SHA-256:
@@ -192,11 +280,7 @@ func objectName(public []byte) tpm2.TPM2BName {
 
 // unsealOnce runs the policy in a session of its own. What may be slow comes
 // before the first PolicyPCR: from there on any extend spoils the session.
-func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatures Signatures, pin []byte) ([]byte, error) {
-	signature, key, err := matchBoot(t, token, signatures)
-	if err != nil {
-		return nil, err
-	}
+func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, m match, pin []byte) (secret []byte, err error) {
 	var auth []byte
 	if token.PIN {
 		if auth, err = pinAuth(pin, token.Salt); err != nil {
@@ -204,19 +288,24 @@ func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatu
 		}
 		defer clear(auth)
 	}
-	var ticket tpm2.TPMTTKVerified
-	if len(token.SignedPCRs) > 0 {
-		if ticket, err = verifyInTPM(t, key, signature); err != nil {
+	if m.ticket == nil && len(token.SignedPCRs) > 0 {
+		ticket, err := verifyInTPM(t, m.key, m.signature)
+		if err != nil {
 			return nil, err
 		}
+		m.ticket = &ticket
 	}
 	session, err := startPolicySession(t, parent, auth)
 	if err != nil {
 		return nil, err
 	}
 	defer session.wipe()
-	defer flush(t, session.handle)
-	if err := runPolicy(t, session.handle, token, key, signature, ticket); err != nil {
+	defer func() {
+		if err != nil { // else the TPM has ended the session itself
+			flush(t, session.handle)
+		}
+	}()
+	if err := runPolicy(t, session.handle, token, m); err != nil {
 		return nil, err
 	}
 	rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: object.Handle, Name: object.Name, Auth: session}}.Execute(t)
@@ -224,41 +313,6 @@ func unsealOnce(t TPM, parent SRK, object tpm2.NamedHandle, token Token, signatu
 		return nil, err
 	}
 	return rsp.OutData.Buffer, nil
-}
-
-// matchBoot compares the registers with the token before a session is opened,
-// so that a boot that cannot succeed is explained and costs nothing.
-func matchBoot(t TPM, token Token, signatures Signatures) (Signature, policyKey, error) {
-	policy := token.Policy("token")
-	now, err := ReadPCRs(t, policy.Bound())
-	if err != nil {
-		return Signature{}, policyKey{}, err
-	}
-	fail := func(reason string) error {
-		return &PolicyError{Reason: reason, Signed: token.SignedPCRs, Literal: token.PCRs, Now: now}
-	}
-	digest, err := token.policyNow(now).Digest()
-	if err != nil {
-		return Signature{}, policyKey{}, err
-	}
-	if digest != token.PolicyHash {
-		return Signature{}, policyKey{}, fail(fmt.Sprintf("PCR %v differs from the time of sealing", token.PCRs))
-	}
-	if len(token.SignedPCRs) == 0 {
-		return Signature{}, policyKey{}, nil
-	}
-	key, err := parsePolicyKey(token.PolicyKeyPEM)
-	if err != nil {
-		return Signature{}, policyKey{}, err
-	}
-	signature, reason, err := signatures.find(key, token.SignedPCRs, now)
-	if err != nil {
-		return Signature{}, policyKey{}, err
-	}
-	if reason != "" {
-		return Signature{}, policyKey{}, fail(reason)
-	}
-	return signature, key, nil
 }
 
 // verifyInTPM has the TPM check the signature and returns its ticket. The owner
@@ -269,7 +323,7 @@ func verifyInTPM(t TPM, key policyKey, signature Signature) (tpm2.TPMTTKVerified
 		return tpm2.TPMTTKVerified{}, fmt.Errorf("load the policy key: %w", err)
 	}
 	defer flush(t, loaded.ObjectHandle)
-	digest := sha256.Sum256(signature.Policy[:])
+	digest := signature.digest()
 	rsp, err := tpm2.VerifySignature{
 		KeyHandle: tpm2.NamedHandle{Handle: loaded.ObjectHandle, Name: tpm2.TPM2BName{Buffer: key.name}},
 		Digest:    tpm2.TPM2BDigest{Buffer: digest[:]},
@@ -283,23 +337,30 @@ func verifyInTPM(t TPM, key policyKey, signature Signature) (tpm2.TPMTTKVerified
 }
 
 // runPolicy satisfies the policy in the order of [Policy.Digest].
-func runPolicy(t TPM, session tpm2.TPMHandle, token Token, key policyKey, signature Signature, ticket tpm2.TPMTTKVerified) error {
+func runPolicy(t TPM, session tpm2.TPMHandle, token Token, m match) error {
 	if len(token.SignedPCRs) > 0 {
 		if _, err := (tpm2.PolicyPCR{PolicySession: session, Pcrs: selection(token.SignedPCRs)}).Execute(t); err != nil {
 			return fmt.Errorf("policy over signed PCR %v: %w", token.SignedPCRs, err)
 		}
 		_, err := tpm2.PolicyAuthorize{
 			PolicySession:  session,
-			ApprovedPolicy: tpm2.TPM2BDigest{Buffer: signature.Policy[:]},
-			KeySign:        tpm2.TPM2BName{Buffer: key.name},
-			CheckTicket:    ticket,
+			ApprovedPolicy: tpm2.TPM2BDigest{Buffer: m.signature.Policy[:]},
+			PolicyRef:      tpm2.TPM2BDigest{Buffer: []byte(token.Ref)},
+			KeySign:        tpm2.TPM2BName{Buffer: m.key.name},
+			CheckTicket:    *m.ticket,
 		}.Execute(t)
 		if errors.Is(err, tpm2.TPMRCValue) {
-			// PCR 11 moved between our look and PolicyPCR: look again.
+			// PCR 11 moved between our look and PolicyPCR, or a kept ticket is
+			// not this TPM's: look again.
 			return fmt.Errorf("approve signed PCR %v: %w", token.SignedPCRs, tpm2.TPMRCPCRChanged)
 		}
 		if err != nil {
 			return fmt.Errorf("approve signed PCR %v: %w", token.SignedPCRs, err)
+		}
+	}
+	if token.Counter != nil {
+		if err := token.Counter.execute(t, session); err != nil {
+			return err
 		}
 	}
 	if len(token.PCRs) > 0 {

@@ -34,11 +34,12 @@ const (
 	aesBits    = 128
 )
 
-// sessionAttributes: continueSession (so that it is ours to flush) and encrypt. Part 2 §8.4.
-const sessionAttributes = 1<<0 | 1<<6
+// sessionAttributes: encrypt, and not continueSession: the TPM forgets the
+// session with the command that succeeds, which spares a command. Part 2 §8.4.
+const sessionAttributes = 1 << 6
 
 // startPolicySession opens a session. Part 3 §11.1, Part 1 §19.6.8. The caller
-// flushes its handle and calls wipe.
+// calls wipe, and flushes the handle unless the session was used up.
 func startPolicySession(t TPM, parent SRK, auth []byte) (*policySession, error) {
 	encapsulate, err := tpm2.ImportEncapsulationKey(&parent.public)
 	if err != nil {
@@ -118,14 +119,14 @@ func (s *policySession) Authorize(cc tpm2.TPMCC, parms, addNonces []byte, names 
 	return &tpm2.TPMSAuthCommand{
 		Handle:        s.handle,
 		Nonce:         tpm2.TPM2BNonce{Buffer: s.nonceCaller},
-		Attributes:    tpm2.TPMASession{ContinueSession: true, Encrypt: true},
+		Attributes:    tpm2.TPMASession{Encrypt: true},
 		Authorization: tpm2.TPM2BData{Buffer: s.mac(cp.Sum(nil), s.nonceCaller, s.nonceTPM, addNonces)},
 	}, nil
 }
 
 // Validate checks that a response comes from the TPM that has the salt.
 func (s *policySession) Validate(rc tpm2.TPMRC, cc tpm2.TPMCC, parms []byte, _ []tpm2.TPM2BName, _ int, auth *tpm2.TPMSAuthResponse) error {
-	if a := auth.Attributes; !a.ContinueSession || !a.Encrypt {
+	if a := auth.Attributes; a.ContinueSession || !a.Encrypt {
 		return fmt.Errorf("the TPM answered with session attributes %+v", a)
 	}
 	s.nonceTPM = auth.Nonce.Buffer

@@ -1,6 +1,7 @@
 package seal
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
@@ -25,7 +26,9 @@ type Signature struct {
 	PCRs           []int
 	KeyFingerprint [32]byte   // SHA-256 of the key in PKCS#1 DER
 	Policy         pcr.Digest // of a policy that holds only PolicyPCR
-	Sig            []byte     // RSASSA-PKCS1-v1_5 with SHA-256, over Policy
+	// Ref is what the signature is for ([Policy.Ref]); empty for a plain one.
+	Ref string
+	Sig []byte // RSASSA-PKCS1-v1_5 with SHA-256, over Policy || Ref
 }
 
 // Signatures is the content of a .pcrsig section, which the stub leaves in the
@@ -38,6 +41,17 @@ type Signatures []Signature
 // system could fetch the key again (F47). Deterministic: same key and value,
 // same signature. The signer is an RSA-2048 key, in a file, token or KMS.
 func SignPCRPolicy(signer crypto.Signer, pcr11 pcr.Digest) (Signature, error) {
+	return SignPCRPolicyRef(signer, pcr11, "")
+}
+
+// SignPCRPolicyRef is [SignPCRPolicy] for a policy with that reference
+// ([EpochRef]) and no other. Signing an older image's value for the present
+// epoch is how a vendor allows one downgrade: the signature is public, may
+// travel as a file, and authorises that image only.
+func SignPCRPolicyRef(signer crypto.Signer, pcr11 pcr.Digest, ref string) (Signature, error) {
+	if err := checkRef(ref); err != nil {
+		return Signature{}, fmt.Errorf("sign PCR policy: %w", err)
+	}
 	pub, ok := signer.Public().(*rsa.PublicKey)
 	if !ok {
 		return Signature{}, fmt.Errorf("sign PCR policy: the key is a %T; TPMs and systemd want RSA-%d", signer.Public(), policyKeyBits)
@@ -50,20 +64,46 @@ func SignPCRPolicy(signer crypto.Signer, pcr11 pcr.Digest) (Signature, error) {
 	if err != nil {
 		return Signature{}, err
 	}
-	digest := sha256.Sum256(policy[:])
-	sig, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	s := Signature{PCRs: []int{11}, KeyFingerprint: key.fingerprint, Policy: policy, Ref: ref}
+	digest := s.digest()
+	s.Sig, err = signer.Sign(rand.Reader, digest[:], crypto.SHA256)
 	if err != nil {
 		return Signature{}, fmt.Errorf("sign PCR policy %x: %w", policy, err)
 	}
-	s := Signature{PCRs: []int{11}, KeyFingerprint: key.fingerprint, Policy: policy, Sig: sig}
 	if err := s.verify(key); err != nil {
 		return Signature{}, fmt.Errorf("sign PCR policy %x: the signer's answer: %w", policy, err)
 	}
 	return s, nil
 }
 
+// SignEpochs is the content of an image's .pcrsig section: the plain signature,
+// and one for each security epoch from 1 to epoch (0: none). See [EpochRef].
+func SignEpochs(signer crypto.Signer, pcr11 pcr.Digest, epoch uint64) (Signatures, error) {
+	if epoch >= maxSignatures {
+		return nil, fmt.Errorf("sign PCR policy for %d epochs: at most %d", epoch, maxSignatures-1)
+	}
+	plain, err := SignPCRPolicy(signer, pcr11)
+	if err != nil {
+		return nil, err
+	}
+	s := Signatures{plain}
+	for n := uint64(1); n <= epoch; n++ {
+		e, err := SignPCRPolicyRef(signer, pcr11, EpochRef(n))
+		if err != nil {
+			return nil, err
+		}
+		s = append(s, e)
+	}
+	return s, nil
+}
+
+// digest is what is signed: aHash of Part 3 §23.16.
+func (s Signature) digest() [sha256.Size]byte {
+	return sha256.Sum256(append(s.Policy[:], s.Ref...))
+}
+
 func (s Signature) verify(key policyKey) error {
-	digest := sha256.Sum256(s.Policy[:])
+	digest := s.digest()
 	return rsa.VerifyPKCS1v15(key.rsa, crypto.SHA256, digest[:], s.Sig)
 }
 
@@ -73,18 +113,25 @@ type sigJSON struct {
 	PKFP string `json:"pkfp"`
 	Pol  string `json:"pol"`
 	Sig  string `json:"sig"`
+	Ref  string `json:"ref,omitempty"` // ours
 }
 
-// Marshal is the content of a .pcrsig section, byte for byte what systemd-measure
-// prints with --json=short, without its final newline.
+// Marshal is the content of a .pcrsig section. As long as there is no Ref, it is
+// byte for byte what systemd-measure prints with --json=short, without its final
+// newline. Signatures with a Ref come last: systemd does not know the field and
+// takes the first entry whose "pol" is that of the boot.
 func (s Signatures) Marshal() ([]byte, error) {
 	entries := []sigJSON{}
-	for _, e := range s {
+	sorted := slices.SortedStableFunc(slices.Values(s), func(a, b Signature) int {
+		return cmp.Compare(min(len(a.Ref), 1), min(len(b.Ref), 1))
+	})
+	for _, e := range sorted {
 		entries = append(entries, sigJSON{
 			PCRs: e.PCRs,
 			PKFP: hex.EncodeToString(e.KeyFingerprint[:]),
 			Pol:  hex.EncodeToString(e.Policy[:]),
 			Sig:  base64.StdEncoding.EncodeToString(e.Sig),
+			Ref:  e.Ref,
 		})
 	}
 	return json.Marshal(map[string][]sigJSON{"sha256": entries})
@@ -107,7 +154,7 @@ func ParseSignatures(b []byte) (Signatures, error) {
 	}
 	var signatures Signatures
 	for i, e := range file.SHA256 {
-		s := Signature{PCRs: e.PCRs}
+		s := Signature{PCRs: e.PCRs, Ref: e.Ref}
 		if _, err := pcr.Sorted(e.PCRs); err != nil || len(e.PCRs) == 0 {
 			return nil, fmt.Errorf("PCR signature %d: bad pcrs %v", i, e.PCRs)
 		}
@@ -116,6 +163,9 @@ func ParseSignatures(b []byte) (Signatures, error) {
 		}
 		if err := decodeHex(s.Policy[:], e.Pol); err != nil {
 			return nil, fmt.Errorf("PCR signature %d: pol: %w", i, err)
+		}
+		if err := checkRef(e.Ref); err != nil {
+			return nil, fmt.Errorf("PCR signature %d: %w", i, err)
 		}
 		var err error
 		if s.Sig, err = base64.StdEncoding.DecodeString(e.Sig); err != nil {
@@ -135,10 +185,17 @@ func decodeHex(dst []byte, s string) error {
 	return err
 }
 
+func refReason(ref string) string {
+	if ref == "" {
+		return "the image carries no plain PCR signatures, only some for security epochs"
+	}
+	return fmt.Sprintf("the image carries no signature for %q: its security epoch is lower than the device's", ref)
+}
+
 // find returns the signature by key for the policy "these registers are as
-// they are now". reason says, when there is none, which of the conditions
-// every candidate failed.
-func (s Signatures) find(key policyKey, pcrs []int, now map[int]pcr.Digest) (found Signature, reason string, err error) {
+// they are now" and for ref. reason says, when there is none, what the entry
+// that came closest lacks.
+func (s Signatures) find(key policyKey, pcrs []int, ref string, now map[int]pcr.Digest) (found Signature, reason string, err error) {
 	sorted, err := pcr.Sorted(pcrs)
 	if err != nil {
 		return Signature{}, "", err
@@ -147,24 +204,28 @@ func (s Signatures) find(key policyKey, pcrs []int, now map[int]pcr.Digest) (fou
 	if err != nil {
 		return Signature{}, "", err
 	}
-	reason = "the image carries no PCR signatures"
+	best, reason := 0, "the image carries no PCR signatures"
+	fail := func(rank int, text string) {
+		if rank >= best {
+			best, reason = rank, text
+		}
+	}
 	for _, e := range s {
 		have, _ := pcr.Sorted(e.PCRs)
 		switch {
 		case !slices.Equal(have, sorted):
-			reason = fmt.Sprintf("the image's signatures are not for PCR %v", sorted)
-			continue
+			fail(1, fmt.Sprintf("the image's signatures are not for PCR %v", sorted))
 		case e.KeyFingerprint != key.fingerprint:
-			reason = fmt.Sprintf("the image's signatures are by another key than %x: it is another vendor's or the key was changed", key.fingerprint[:8])
-			continue
+			fail(2, fmt.Sprintf("the image's signatures are by another key than %x: it is another vendor's or the key was changed", key.fingerprint[:8]))
+		case e.Ref != ref:
+			fail(3, refReason(ref))
 		case e.Policy != policy:
-			reason = fmt.Sprintf("no signature is for the present value of PCR %v: the image was changed, or this is a later boot phase", sorted)
-			continue
-		}
-		if e.verify(key) == nil {
+			fail(4, fmt.Sprintf("no signature is for the present value of PCR %v: the image was changed, or this is a later boot phase", sorted))
+		case e.verify(key) != nil:
+			fail(5, "the signature for the present boot is not valid: the image is damaged or was forged")
+		default:
 			return e, "", nil
 		}
-		reason = "the signature for the present boot is not valid: the image is damaged or was forged"
 	}
 	return Signature{}, reason, nil
 }

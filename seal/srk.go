@@ -193,6 +193,20 @@ func createPrimary(t TPM, template tpm2.TPMTPublic) (SRK, error) {
 	return SRK{Name: name.Buffer, handle: rsp.ObjectHandle, public: *public}, nil
 }
 
+// claimed is the key that the token says is at a persistent handle, without
+// asking: that it is, shows when it loads the token's object (the object is
+// authenticated under the key) and when a session salted for it works.
+func (r *SRKRef) claimed() (SRK, bool) {
+	if r == nil || !r.persistent() {
+		return SRK{}, false
+	}
+	public, err := unmarshalPublic(r.Public)
+	if err != nil {
+		return SRK{}, false
+	}
+	return SRK{Name: r.Name, Persistent: true, handle: tpm2.TPMHandle(r.Handle), public: *public}, true
+}
+
 // parentOf finds the key that a token's object hangs from. Close the result.
 func parentOf(t TPM, token Token) (SRK, error) {
 	if token.SRK == nil {

@@ -9,15 +9,30 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
+	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
-// TokenType is the LUKS2 token type of sealed keys: systemd's.
+// TokenType is the LUKS2 token type of sealed keys that systemd can open too:
+// its own.
 const TokenType = "systemd-tpm2"
 
+// OwnTokenType is the type of those it cannot: systemd knows neither policy
+// references nor counters, would leave them out, and would try in vain. It
+// passes over tokens of a type it does not know. See [IsTokenType].
+const OwnTokenType = "holdfast-tpm2"
+
+// IsTokenType says whether [ParseToken] is for LUKS2 tokens of that type.
+func IsTokenType(name string) bool { return name == TokenType || name == OwnTokenType }
+
 const (
+	maxForBytes   = 200
+	maxTickets    = 8
 	maxTokenBytes = 64 << 10
 	maxBlobBytes  = 4096 // TPM2B_PRIVATE and TPM2B_PUBLIC are a few hundred
 )
@@ -34,12 +49,28 @@ type Token struct {
 	// SignedPCRs and PolicyKeyPEM are those of [Policy].
 	SignedPCRs   []int
 	PolicyKeyPEM []byte
-	PolicyHash   pcr.Digest
-	PIN          bool
-	Salt         []byte // of the PIN; nil in tokens of systemd 252
+	// Ref and Counter are those of [Policy].
+	Ref        string
+	Counter    *Counter
+	PolicyHash pcr.Digest
+	PIN        bool
+	Salt       []byte // of the PIN; nil in tokens of systemd 252
+	// For says, for people, which state of the box the token is for: "slot a
+	// 1.0.0". At most 200 bytes of printable text. It decides nothing.
+	For string
+	// Tickets spare the TPM work; see [AddTickets].
+	Tickets []Ticket
 	// SRK is the storage key; nil in tokens of systemd 252, which make a
 	// primary key anew each time.
 	SRK *SRKRef
+}
+
+// Type is the LUKS2 token type: [TokenType] whenever systemd could open it.
+func (t Token) Type() string {
+	if t.Ref != "" || t.Counter != nil {
+		return OwnTokenType
+	}
+	return TokenType
 }
 
 // SRKRef is "tpm2_srk": the storage key as tpm2-tss serialises a handle.
@@ -71,9 +102,25 @@ type tokenJSON struct {
 	Salt       []byte    `json:"tpm2_salt,omitempty"`
 	SRK        []byte    `json:"tpm2_srk,omitempty"`
 
+	For     string       `json:"holdfast_for,omitempty"`
+	Ref     string       `json:"holdfast_ref,omitempty"`
+	Counter *counterJSON `json:"holdfast_nv,omitempty"`
+	Tickets []ticketJSON `json:"holdfast_tickets,omitempty"`
+
 	// Newer fields whose meaning changes how the object is opened.
 	PolicyKeyRef string          `json:"tpm2_pubkey_ref,omitempty"`
 	Argon2id     json.RawMessage `json:"tpm2_argon2id_memcost,omitempty"`
+}
+
+// counterJSON has numbers as strings, as LUKS2 does with those of 64 bits.
+type counterJSON struct {
+	Index string `json:"index"` // "0x01af0001"
+	Max   string `json:"max"`   // decimal
+}
+
+type ticketJSON struct {
+	Pol string `json:"pol"`
+	MAC []byte `json:"mac"`
 }
 
 // oneString is a string, which newer systemd may write as a list of one.
@@ -97,7 +144,10 @@ func (s *oneString) UnmarshalJSON(b []byte) error {
 // Policy is what the token says of its policy. Values of literal registers are
 // not in a token; they are zero here.
 func (t Token) Policy(name string) Policy {
-	p := Policy{Name: name, SignedPCRs: t.SignedPCRs, PolicyKeyPEM: t.PolicyKeyPEM, PIN: t.PIN, PCRs: map[int]pcr.Digest{}}
+	p := Policy{
+		Name: name, SignedPCRs: t.SignedPCRs, PolicyKeyPEM: t.PolicyKeyPEM, Ref: t.Ref, Counter: t.Counter,
+		PIN: t.PIN, PCRs: map[int]pcr.Digest{},
+	}
 	for _, i := range t.PCRs {
 		p.PCRs[i] = pcr.Digest{}
 	}
@@ -115,8 +165,11 @@ func (t Token) policyNow(now map[int]pcr.Digest) Policy {
 
 // Marshal is the token as JSON for a LUKS2 header.
 func (t Token) Marshal() ([]byte, error) {
+	if err := t.checkOwn(); err != nil {
+		return nil, fmt.Errorf("TPM token: %w", err)
+	}
 	j := tokenJSON{
-		Type: TokenType, Keyslots: append([]string{}, t.Keyslots...),
+		Type: t.Type(), Keyslots: append([]string{}, t.Keyslots...),
 		Blob:       oneString(base64.StdEncoding.EncodeToString(append(sized(t.Private), sized(t.Public)...))),
 		PCRs:       append([]int{}, t.PCRs...),
 		Bank:       "sha256",
@@ -126,14 +179,22 @@ func (t Token) Marshal() ([]byte, error) {
 		SignedPCRs: t.SignedPCRs,
 		PolicyKey:  t.PolicyKeyPEM,
 		Salt:       t.Salt,
+		For:        t.For,
+		Ref:        t.Ref,
 	}
 	if t.SRK != nil {
 		j.SRK = t.SRK.marshal()
 	}
+	if t.Counter != nil {
+		j.Counter = &counterJSON{fmt.Sprintf("0x%08x", t.Counter.Index), strconv.FormatUint(t.Counter.Max, 10)}
+	}
+	for _, k := range t.Tickets {
+		j.Tickets = append(j.Tickets, ticketJSON{hex.EncodeToString(k.Policy[:]), k.MAC})
+	}
 	return json.Marshal(j)
 }
 
-// ParseToken reads a "systemd-tpm2" token. Unknown fields are passed over;
+// ParseToken reads a token of type [TokenType] or [OwnTokenType]. Unknown fields are passed over;
 // known ones that would need something this package does not do are errors, and
 // so is an object that would open without its policy (F46).
 func ParseToken(b []byte) (Token, error) {
@@ -149,7 +210,10 @@ func ParseToken(b []byte) (Token, error) {
 	}
 	t := Token{
 		Keyslots: j.Keyslots, PCRs: j.PCRs, PIN: j.PIN,
-		SignedPCRs: j.SignedPCRs, PolicyKeyPEM: j.PolicyKey, Salt: j.Salt,
+		SignedPCRs: j.SignedPCRs, PolicyKeyPEM: j.PolicyKey, Salt: j.Salt, For: j.For, Ref: j.Ref,
+	}
+	if err := j.own(&t); err != nil {
+		return Token{}, fmt.Errorf("TPM token: %w", err)
 	}
 	if err := decodeHex(t.PolicyHash[:], string(j.PolicyHash)); err != nil {
 		return Token{}, fmt.Errorf("TPM token: tpm2-policy-hash: %w", err)
@@ -177,8 +241,8 @@ func ParseToken(b []byte) (Token, error) {
 
 func (j tokenJSON) check() error {
 	switch {
-	case j.Type != TokenType:
-		return fmt.Errorf("type is %q, not %q", j.Type, TokenType)
+	case !IsTokenType(j.Type):
+		return fmt.Errorf("type is %q, not %q or %q", j.Type, TokenType, OwnTokenType)
 	case j.Bank != "" && j.Bank != "sha256":
 		return fmt.Errorf("PCR bank %q is not supported; only sha256 is", j.Bank)
 	case j.PrimaryAlg != "" && j.PrimaryAlg != "ecc" && len(j.SRK) == 0:
@@ -205,6 +269,63 @@ func (j tokenJSON) check() error {
 	if len(j.SignedPCRs) > 0 {
 		if _, err := parsePolicyKey(j.PolicyKey); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// own reads the fields that systemd does not have.
+func (j tokenJSON) own(t *Token) error {
+	if c := j.Counter; c != nil {
+		index, err := strconv.ParseUint(strings.TrimPrefix(c.Index, "0x"), 16, 32)
+		if err != nil || fmt.Sprintf("0x%08x", index) != c.Index {
+			return fmt.Errorf("holdfast_nv: index %q; write it as 0x%08x", c.Index, CounterIndex)
+		}
+		limit, err := strconv.ParseUint(c.Max, 10, 64)
+		if err != nil || strconv.FormatUint(limit, 10) != c.Max {
+			return fmt.Errorf("holdfast_nv: max %q is not a decimal number of 64 bits", c.Max)
+		}
+		t.Counter = &Counter{Index: uint32(index), Max: limit}
+	}
+	if len(j.Tickets) > maxTickets {
+		return fmt.Errorf("holdfast_tickets: %d, at most %d expected", len(j.Tickets), maxTickets)
+	}
+	for i, k := range j.Tickets {
+		ticket := Ticket{MAC: k.MAC}
+		if err := decodeHex(ticket.Policy[:], k.Pol); err != nil {
+			return fmt.Errorf("holdfast_tickets %d: pol: %w", i, err)
+		}
+		t.Tickets = append(t.Tickets, ticket)
+	}
+	// Under the wrong type, systemd would try what it cannot do, or not try what it can.
+	if t.Type() != j.Type {
+		return fmt.Errorf("type is %q, but a token with this policy is of type %q", j.Type, t.Type())
+	}
+	return t.checkOwn()
+}
+
+// checkOwn holds for what is written and what is read.
+func (t Token) checkOwn() error {
+	if len(t.For) > maxForBytes || !utf8.ValidString(t.For) || strings.ContainsFunc(t.For, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return fmt.Errorf("holdfast_for: %d bytes; at most %d of printable text expected", len(t.For), maxForBytes)
+	}
+	if err := checkRef(t.Ref); err != nil {
+		return fmt.Errorf("holdfast_ref: %w", err)
+	}
+	if t.Ref != "" && len(t.SignedPCRs) == 0 {
+		return errors.New("holdfast_ref without tpm2_pubkey_pcrs")
+	}
+	if t.Counter != nil {
+		if err := t.Counter.validate(); err != nil {
+			return fmt.Errorf("holdfast_nv: %w", err)
+		}
+	}
+	if len(t.Tickets) > 0 && len(t.SignedPCRs) == 0 {
+		return errors.New("holdfast_tickets without tpm2_pubkey_pcrs")
+	}
+	for i, k := range t.Tickets {
+		if len(k.MAC) == 0 || len(k.MAC) > maxTicketBytes {
+			return fmt.Errorf("holdfast_tickets %d: %d bytes", i, len(k.MAC))
 		}
 	}
 	return nil
