@@ -11,7 +11,7 @@ import (
 	"fmt"
 	"io"
 
-	"github.com/foxboron/go-uefi/pkcs7"
+	"github.com/holdfast-os/holdfast/image/pkcs7"
 )
 
 // ErrNotSigned says that a PE file carries no signature at all.
@@ -65,7 +65,7 @@ func Sign(image Blob, key crypto.Signer, cert *x509.Certificate) (Blob, error) {
 	if err != nil {
 		return nil, fmt.Errorf("sign PE file: %w", err)
 	}
-	der, err := pkcs7.SignPKCS7(key, cert, oidIndirectData(), indirectData(scan.digest), pkcs7.NoAttr())
+	der, err := pkcs7.Sign(key, cert, oidIndirectData(), indirectData(scan.digest))
 	if err != nil {
 		return nil, fmt.Errorf("sign PE file with the key of %q: %w", cert.Subject.CommonName, err)
 	}
