@@ -131,15 +131,15 @@ func TestAttacksOnTheUKI(t *testing.T) {
 	}
 }
 
-// flipRoot flips one bit of slot A's partition.
-func flipRoot(t *testing.T, disk string, off int64) {
+// flipRoot flips one bit of a slot.
+func flipRoot(t *testing.T, disk, name string, off int64) {
 	t.Helper()
 	_, dev := openDisk(t, disk)
 	d, err := partition.Open(dev)
 	if err != nil {
 		t.Fatal(err)
 	}
-	root, _, err := d.Partition(partition.RootAName)
+	root, _, err := d.Partition(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,7 +183,7 @@ func TestAttacksOnTheRoot(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m, _ := aBox(t, true)
-			flipRoot(t, m.Disk, off)
+			flipRoot(t, m.Disk, partition.RootAName, off)
 			m.PowerOn()
 			// The top of the tree is what the root is found by, so the search goes
 			// on until its time is up.

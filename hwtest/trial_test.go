@@ -98,12 +98,7 @@ func TestPanickingReleaseFallsBack(t *testing.T) {
 	next := buildRelease(t, t.TempDir(), p.keys, "2.0.1", nil)
 	m, _ := aBox(t, true)
 	install(t, m.Disk, next, 1)
-	d, _ := openDisk(t, m.Disk)
-	root, _, err := d.Partition(partition.RootBName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write(t, root, []byte{0xff}, blockOf(t, next))
+	flipRoot(t, m.Disk, partition.RootBName, blockOf(t, next))
 	m.PowerOn()
 	m.Expect(`starting name=probe version=2.0.1`, bootTime)
 	m.Expect(`Kernel panic`, bootTime)
@@ -144,12 +139,7 @@ func TestGoodSlotThatBreaks(t *testing.T) {
 	if e := entry(t, m.Disk, partition.SlotB); !e.Good() {
 		t.Fatalf("the confirmed slot is not good: %+v", e)
 	}
-	d, _ := openDisk(t, m.Disk)
-	root, _, err := d.Partition(partition.RootBName)
-	if err != nil {
-		t.Fatal(err)
-	}
-	write(t, root, []byte{0xff}, blockOf(t, next))
+	flipRoot(t, m.Disk, partition.RootBName, blockOf(t, next))
 	m.PowerOn()
 	m.Expect(`Kernel panic`, bootTime)
 	m.Expect(`ready name=probe version=1.0.0 slot=a`, 3*bootTime)
