@@ -41,8 +41,11 @@ type Appliance struct {
 	BuildTimeSec int64  `json:"build_time_sec"`
 	Hostname     string `json:"hostname,omitempty"`
 
-	Volumes []Volume    `json:"volumes,omitempty"`
-	Seal    SealPolicy  `json:"seal"`
+	Volumes []Volume   `json:"volumes,omitempty"`
+	Seal    SealPolicy `json:"seal"`
+	// Recovery is about the key that opens the volumes without the TPM.
+	Recovery Recovery `json:"recovery,omitzero"`
+
 	Network []Interface `json:"network,omitempty"`
 	Sysctl  []string    `json:"sysctl,omitempty"` // "net.ipv4.ip_forward=1"
 

@@ -142,11 +142,15 @@ func (b *builder) release() error {
 	if err != nil {
 		return err
 	}
+	recovery, err := b.readRecovery()
+	if err != nil {
+		return err
+	}
 	k, err := b.openKernel()
 	if err != nil {
 		return err
 	}
-	root, appliance, err := b.compose(k, t)
+	root, appliance, err := b.compose(k, t, recovery)
 	if err != nil {
 		return err
 	}

@@ -57,7 +57,7 @@ func (b *builder) at(key string, err error) error {
 }
 
 // compose makes the root and what the device has to know of it.
-func (b *builder) compose(k *kernel, t trust) (*tree.Node, *image.Appliance, error) {
+func (b *builder) compose(k *kernel, t trust, r image.Recovery) (*tree.Node, *image.Appliance, error) {
 	root := tree.NewDir(0o755)
 	root.MTimeSec = b.epochSec()
 	if k.root != nil {
@@ -71,7 +71,7 @@ func (b *builder) compose(k *kernel, t trust) (*tree.Node, *image.Appliance, err
 		root.Merge(src.root)
 	}
 	app := b.appliance()
-	app.Update = t.update
+	app.Update, app.Recovery = t.update, r
 	for _, dir := range rootFolders {
 		if _, err := root.MkdirAll(dir, b.epochSec()); err != nil {
 			return nil, nil, err

@@ -61,6 +61,7 @@ func (r *report) checkSpec(s *Spec) {
 	r.checkDisk(&s.Disk)
 	r.checkSeal(s.Seal)
 	r.checkUpdate(&s.Update)
+	r.checkRecovery(&s.Recovery)
 	for i := range s.Files {
 		r.checkFile(index("files", i), &s.Files[i])
 	}

@@ -22,6 +22,7 @@ const DefaultCheck Interval = 6 * 60 * 60
 //	disk.esp          1 GiB
 //	disk.data         one volume, {name: data, mount: /data}; [] is none
 //	seal.policy       standard
+//	recovery.console  text; recovery.threshold 1, when there are holders
 //	update.channel    stable, and check 6h, automatic true, stick true, when there is an update section
 //	files[].mode      0600, folders 0700
 //	services[].restart always
@@ -53,6 +54,7 @@ func (s *Spec) ApplyDefaults() {
 	if s.Disk.Data == nil {
 		s.Disk.Data = []Data{{Name: "data", Mount: "/data"}}
 	}
+	s.Recovery.applyDefaults()
 	if u := &s.Update; u.given() {
 		yes := func(p **bool) {
 			if *p == nil {

@@ -89,7 +89,10 @@ type Spec struct {
 	Disk    Disk              `yaml:"disk"`
 	Seal    Seal              `yaml:"seal"`
 	Update  Update            `yaml:"update"`
-	Keys    string            `yaml:"keys"` // folder with the vendor's keys
+
+	Recovery Recovery `yaml:"recovery"`
+
+	Keys string `yaml:"keys"` // folder with the vendor's keys
 
 	// Warnings are about what was accepted and has no effect, or may surprise.
 	Warnings []Problem `yaml:"-"`

@@ -36,6 +36,7 @@ func (s *Spec) Validate() error {
 	if s.Update.given() && s.Update.Root == "" {
 		r.errorf("update.root", "write root: root.json, as holdfast repo root prints it", "updates need the keys that releases are signed with")
 	}
+	r.validateRecovery(s)
 	r.validateImages(s)
 	return r.err()
 }
