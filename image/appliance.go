@@ -89,9 +89,16 @@ type Volume struct {
 
 // SealPolicy names who may open the data volumes.
 type SealPolicy struct {
-	Policy string `json:"policy"` // "standard"
+	Policy string `json:"policy"` // "standard", "strict", "rollback-proof" or "disk-theft-only"
 	// PolicyKeyPEM is the vendor's public key for signed PCR 11 policies.
 	PolicyKeyPEM string `json:"policy_key_pem"`
+	// PIN asks for a PIN at every boot too.
+	PIN bool `json:"pin,omitempty"`
+	// Repair is "manual" where nothing is sealed anew by itself after the recovery
+	// key had to be used; "automatic" and "" are that it is.
+	Repair string `json:"repair,omitempty"`
+	// Epoch is the security epoch of a rollback-proof release, 1 or more; 0 in others.
+	Epoch int64 `json:"epoch,omitempty"`
 }
 
 // Update says where new releases come from and when they are taken. The keys they

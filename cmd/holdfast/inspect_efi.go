@@ -63,6 +63,8 @@ type signedPolicy struct {
 	Policy    string `json:"policy"`
 	// Phase is the boot phase in which this program satisfies the policy; nil is none that is known.
 	Phase *string `json:"phase"`
+	// Reference is the security epoch that the signature is for; "" is a plain one.
+	Reference string `json:"reference,omitempty"`
 }
 
 type section struct {
@@ -252,12 +254,12 @@ func (p *program) readPolicies(f *uki.File, phases map[pcr.Digest]string) error 
 		return nil
 	}
 	for i, s := range list {
-		entry := signedPolicy{PCRs: s.PCRs, KeySHA256: hex.EncodeToString(s.KeyFingerprint[:]), Policy: hex.EncodeToString(s.Policy[:])}
+		entry := signedPolicy{PCRs: s.PCRs, KeySHA256: hex.EncodeToString(s.KeyFingerprint[:]), Policy: hex.EncodeToString(s.Policy[:]), Reference: s.Ref}
 		if phase, ok := phases[s.Policy]; ok {
 			entry.Phase = &phase
 		}
 		if key != nil && entry.KeySHA256 == p.PolicyKeySHA256 {
-			digest := sha256.Sum256(s.Policy[:])
+			digest := sha256.Sum256(append(s.Policy[:], s.Ref...))
 			if err := rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], s.Sig); err != nil {
 				p.problem("policy %d in .pcrsig is not signed by the key in .pcrpkey: damaged, or forged", i+1)
 			}
@@ -355,7 +357,11 @@ func (p *program) policyText(e signedPolicy) string {
 	if e.Phase == nil {
 		return "never: " + by + " signed a value that this program does not reach under systemd 252's stub"
 	}
-	return phaseText(*e.Phase) + ", signed by " + by
+	text := phaseText(*e.Phase) + ", signed by " + by
+	if e.Reference != "" {
+		text += " for " + e.Reference
+	}
+	return text
 }
 
 // when is text if the condition holds.

@@ -143,12 +143,16 @@ func tokenMeaning(kind string, raw []byte, record *seal.Record) []string {
 	switch kind {
 	case recoveryType:
 		return []string{"a recovery key, shown and escrowed when the volume was made"}
-	case seal.TokenType:
+	case seal.TokenType, seal.OwnTokenType:
 		t, err := seal.ParseToken(raw)
 		if err != nil {
 			return []string{"sealed to a TPM in a way that this program does not open: " + err.Error()}
 		}
-		return append([]string{"sealed to this machine's TPM; opens only with:"}, boundTo(t, record)...)
+		text := "sealed to this machine's TPM; opens only with:"
+		if t.For != "" {
+			text = fmt.Sprintf("sealed to this machine's TPM for %q; opens only with:", t.For)
+		}
+		return append([]string{text}, boundTo(t, record)...)
 	case seal.RecordType:
 		r, err := seal.ParseRecord(raw)
 		if err != nil {
@@ -194,7 +198,7 @@ func (v *volume) opensWith(id int) string {
 		switch t.Type {
 		case recoveryType:
 			return "the recovery key"
-		case seal.TokenType:
+		case seal.TokenType, seal.OwnTokenType:
 			return "the TPM"
 		}
 		return "token " + strconv.Itoa(t.ID)

@@ -114,11 +114,20 @@ func (b *builder) signPolicy(measured []pcr.Measured) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	signature, err := seal.SignPCRPolicy(signer, value)
+	signatures, err := seal.SignEpochs(signer, value, uint64(b.sealEpoch()))
 	if err != nil {
 		return nil, fmt.Errorf("sign PCR 11 policy: %w", err)
 	}
-	return seal.Signatures{signature}.Marshal()
+	return signatures.Marshal()
+}
+
+// sealEpoch is the security epoch up to which the release is signed; 0 where
+// the policy has none.
+func (b *builder) sealEpoch() int64 {
+	if b.spec.Seal.Policy != seal.PolicyRollbackProof {
+		return 0
+	}
+	return b.spec.Update.Epoch
 }
 
 // sign signs an EFI program for Secure Boot with the vendor's db key.

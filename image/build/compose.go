@@ -100,7 +100,10 @@ func (b *builder) appliance() *image.Appliance {
 	a := &image.Appliance{
 		Format: 1, Name: s.Name, Version: s.Version, Architecture: s.Arch, BuildTimeSec: b.epochSec(),
 		Hostname: s.Hostname, Handoff: s.Handoff,
-		Seal: image.SealPolicy{Policy: s.Seal.Policy, PolicyKeyPEM: string(b.in.Keys.PolicyPublicPEM)},
+		Seal: image.SealPolicy{
+			Policy: s.Seal.Policy, PolicyKeyPEM: string(b.in.Keys.PolicyPublicPEM),
+			PIN: s.Seal.PIN, Repair: s.Seal.Repair, Epoch: b.sealEpoch(),
+		},
 	}
 	for _, d := range s.Disk.Data {
 		a.Volumes = append(a.Volumes, image.Volume{Name: d.Name, Mount: d.Mount, SizeBytes: int64(d.Size)})

@@ -276,11 +276,8 @@ func (r *report) checkMountpoint(at, mount string, seen map[string]string) {
 }
 
 func (r *report) checkSeal(s Seal) {
-	if slices.Contains([]string{"strict", "rollback-proof", "disk-theft-only"}, s.Policy) {
-		r.errorf("seal.policy", "use standard", "the policy %q is not in this version", s.Policy)
-		return
-	}
-	r.oneOf("seal.policy", s.Policy, "standard")
+	r.oneOf("seal.policy", s.Policy, "standard", "strict", rollbackProof, "disk-theft-only")
+	r.oneOf("seal.repair", s.Repair, "automatic", "manual")
 }
 
 func (r *report) checkUpdate(u *Update) {

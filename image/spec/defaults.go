@@ -22,6 +22,7 @@ const DefaultCheck Interval = 6 * 60 * 60
 //	disk.esp          1 GiB
 //	disk.data         one volume, {name: data, mount: /data}; [] is none
 //	seal.policy       standard
+//	seal.repair       automatic
 //	recovery.console  text; recovery.threshold 1, when there are holders
 //	update.channel    stable, and check 6h, automatic true, stick true, when there is an update section
 //	files[].mode      0600, folders 0700
@@ -46,6 +47,7 @@ func (s *Spec) ApplyDefaults() {
 	text(&s.Kernel.Binary, "kernel")
 	text(&s.Kernel.Tar, "kernel.tar")
 	text(&s.Seal.Policy, "standard")
+	text(&s.Seal.Repair, "automatic")
 	size(&s.Disk.Size, DefaultDiskSize)
 	size(&s.Disk.ESP, DefaultESPSize)
 	if s.Epoch == 0 {

@@ -169,7 +169,22 @@ type Data struct {
 
 // Seal says who may open the data volumes.
 type Seal struct {
-	Policy string `yaml:"policy"` // "standard", the default
+	// Policy is one of these. What each binds is in package seal.
+	//
+	//	standard         images the vendor signed, on this machine, in this state of its
+	//	                 Secure Boot keys; the default
+	//	strict           this image, this firmware, this boot loader, and no other
+	//	rollback-proof   standard, and no image of a lower security epoch than the device
+	//	                 has seen (update.epoch, from 1); needs a counter in the TPM
+	//	disk-theft-only  images the vendor signed, whatever the firmware did before:
+	//	                 degraded, and shown as such
+	Policy string `yaml:"policy"`
+	// PIN asks whoever starts the device for a PIN as well. The TPM counts wrong ones.
+	PIN bool `yaml:"pin"`
+	// Repair says what follows a boot that needed the recovery key: "automatic", the
+	// default, seals anew for the state the device is in, "manual" waits for somebody to
+	// say so with holdfast-agent reseal.
+	Repair string `yaml:"repair"`
 }
 
 // Update says which repository new releases come from, and when they are taken.

@@ -107,7 +107,7 @@ network:
   - {name: eth1, addresses: [10.0.0.2/24], gateway: 10.0.0.1, dns: [10.0.0.1, "fd00::1"]}
 sysctl: {net.ipv4.ip_forward: 1}
 disk: {size: 4GiB, esp: 1GiB, slot: 1000MiB, data: [{name: db, mount: /db, size: 64MiB}, {name: data, mount: /data}]}
-seal: {policy: standard}
+seal: {policy: standard, pin: true, repair: manual}
 keys: ./keys
 onboot:
   - name: all
@@ -407,7 +407,7 @@ func TestDefaults(t *testing.T) {
 	s.ApplyDefaults()
 	if s.Arch != "amd64" || s.Epoch != spec.DefaultEpoch || s.Hostname != "x" || s.Kernel.Binary != "kernel" || s.Kernel.Tar != "kernel.tar" ||
 		s.Disk.Size != 4<<30 || s.Disk.ESP != 1<<30 || s.Disk.Slot != 0 || len(s.Disk.Data) != 1 || s.Disk.Data[0].Mount != "/data" ||
-		s.Seal.Policy != "standard" || *s.Files[0].Mode != 0o700 || *s.Files[1].Mode != 0o600 || s.Services[0].Restart != "always" {
+		s.Seal.Policy != "standard" || s.Seal.Repair != "automatic" || s.Seal.PIN || *s.Files[0].Mode != 0o700 || *s.Files[1].Mode != 0o600 || s.Services[0].Restart != "always" {
 		t.Errorf("defaults: %+v", s)
 	}
 	s = mustParse(t, "d.yaml", "disk: {data: []}")

@@ -37,8 +37,25 @@ func (s *Spec) Validate() error {
 		r.errorf("update.root", "write root: root.json, as holdfast repo root prints it", "updates need the keys that releases are signed with")
 	}
 	r.validateRecovery(s)
+	r.validateEpoch(s)
 	r.validateImages(s)
 	return r.err()
+}
+
+const (
+	rollbackProof = "rollback-proof"
+	// maxSealEpoch bounds the signatures in an image: there is one for each epoch.
+	maxSealEpoch = 64
+)
+
+// validateEpoch: a rollback-proof release is signed for the epochs from 1 to its own.
+func (r *report) validateEpoch(s *Spec) {
+	epoch := s.Update.Epoch
+	if s.Seal.Policy != rollbackProof || epoch >= 1 && epoch <= maxSealEpoch {
+		return
+	}
+	r.errorf("update.epoch", "write update: {epoch: 1}, and one more when older releases shall no longer open the volumes",
+		"with seal.policy %s the security epoch is 1 to %d, not %d", rollbackProof, maxSealEpoch, epoch)
 }
 
 // validateImages looks at what images need from the rest of the spec, which
