@@ -4,6 +4,7 @@
 //	PK.key  PK.pem  PK.auth    Secure Boot platform key: owns the machine
 //	KEK.key KEK.pem KEK.auth   key exchange key: changes db
 //	db.key  db.pem  db.auth    signature database: signs boot loaders and UKIs
+//	db-next.key .pem .auth     the db key after this one; see Rotation
 //	policy.key policy.pem      signs PCR 11 policies: which releases open the disk
 //	escrow.key escrow.pub      age identity and recipient of recovery keys
 //
@@ -12,10 +13,31 @@
 // policy.key; PK.key, KEK.key and escrow.key should leave the build machine,
 // and Load does without every private key that is not in the folder.
 //
-// The subset: RSA with 2048 bits, since firmware and TPMs take little else, and
-// self-signed certificates, since firmware compares keys and builds no chains.
-// Keys in an HSM are used as any crypto.Signer where they are needed and do not
-// lie here.
+// db-keep.esl and KEK-keep.esl, if there, are signature lists of others that are
+// enrolled with ours ([Config].KeepDB). signers.json, if there, names programs that
+// sign with keys which lie elsewhere, in an HSM for one; see [Program].
+//
+// # Rotation
+//
+// Boxes come to trust a new db key before it is used, and stop trusting the old one
+// after nothing needs it, by signed variables that releases carry (the spec's section
+// secureboot):
+//
+//  1. A release, signed with db.key, carries db-next.auth, which adds the next
+//     certificate to db. Wait until the fleet has it.
+//  2. [Rotate] makes db-next the key db, and a new db-next. Later releases are signed
+//     with it. db.auth, which enrols new boxes, has the new certificate alone.
+//  3. Once both slots of a box hold such releases, one that carries db.auth replaces
+//     db, without the old certificate. A box whose other slot still needs that waits.
+//
+// A key that is known to others is revoked besides, as single programs are:
+// [Keys.Revoke] makes an addition to dbx. New boxes are enrolled without it, and take
+// it from their first release that carries it.
+//
+// # The subset
+//
+// RSA with 2048 bits, since firmware and TPMs take little else, and self-signed
+// certificates, since firmware compares keys and builds no chains.
 //
 // The private keys are not encrypted. Their protection is the permissions of
 // the folder, which Load insists on, and the disk below it.
@@ -29,11 +51,14 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
 	"filippo.io/age"
 	"github.com/google/uuid"
+
+	"github.com/holdfast-os/holdfast/image/sigdb"
 )
 
 // Names of the Secure Boot keys, which are the names of the UEFI variables.
@@ -41,6 +66,9 @@ const (
 	PK  = "PK"
 	KEK = "KEK"
 	DB  = "db"
+	DBX = "dbx"
+	// DBNext is the file name of the key that follows DB.
+	DBNext = "db-next"
 )
 
 const (
@@ -74,6 +102,10 @@ func (p *Pair) Signer() (crypto.Signer, error) {
 // Keys are a vendor's keys.
 type Keys struct {
 	PK, KEK, DB Pair
+	// DBNext is the zero value in folders from before there was one.
+	DBNext Pair
+	// KeepDB and KeepKEK are enrolled beside DB's and KEK's certificate.
+	KeepDB, KeepKEK sigdb.Database
 
 	// PolicyKey signs PCR 11 policies; nil when it is not in the folder.
 	PolicyKey *rsa.PrivateKey
@@ -84,10 +116,16 @@ type Keys struct {
 	Escrow *age.X25519Identity
 	// EscrowRecipient is who recovery keys are encrypted to.
 	EscrowRecipient *age.X25519Recipient
+
+	policy *Program // instead of PolicyKey
 }
 
-// PolicySigner is PolicyKey, or an error that names the missing file.
+// PolicySigner is PolicyKey or the program in its place, or an error that names the
+// missing file.
 func (k *Keys) PolicySigner() (crypto.Signer, error) {
+	if k.policy != nil {
+		return k.policy, nil
+	}
 	if k.PolicyKey == nil {
 		return nil, missingKey("policy")
 	}
@@ -108,7 +146,7 @@ func (k *Keys) Owner() uuid.UUID {
 	return id
 }
 
-// pair returns the key of one of the names [PK], [KEK] and [DB].
+// pair returns the key of one of the names [PK], [KEK], [DB] and [DBNext].
 func (k *Keys) pair(name string) (*Pair, error) {
 	switch name {
 	case PK:
@@ -117,18 +155,84 @@ func (k *Keys) pair(name string) (*Pair, error) {
 		return &k.KEK, nil
 	case DB:
 		return &k.DB, nil
+	case DBNext:
+		return &k.DBNext, nil
 	}
-	return nil, fmt.Errorf("no Secure Boot variable %q; there are %s, %s and %s", name, PK, KEK, DB)
+	return nil, fmt.Errorf("no Secure Boot key %q; there are %s, %s, %s and %s", name, PK, KEK, DB, DBNext)
 }
 
-// SignatureList is the content of the UEFI variable of that name (PK, KEK, db):
-// one EFI_SIGNATURE_LIST with the certificate (UEFI 2.10 §32.4.1).
-func (k *Keys) SignatureList(name string) ([]byte, error) {
+// content is what the variable of that name is enrolled with.
+func (k *Keys) content(name string) (sigdb.Database, error) {
 	p, err := k.pair(name)
+	if err != nil || p.Cert == nil {
+		return nil, errors.Join(err, fmt.Errorf("no certificate %s.pem", name))
+	}
+	own := sigdb.Database{sigdb.Certificate(p.Cert, sigdb.FromUUID(k.Owner()))}
+	switch name {
+	case DB:
+		return append(own, k.KeepDB...), nil
+	case KEK:
+		return append(own, k.KeepKEK...), nil
+	}
+	return own, nil
+}
+
+// SignatureList is the content of the UEFI variable of that name (PK, KEK, db) on a
+// box that was enrolled with these keys: an EFI_SIGNATURE_LIST with the certificate,
+// and those that are kept (UEFI 2.10 §32.4.1).
+func (k *Keys) SignatureList(name string) ([]byte, error) {
+	d, err := k.content(name)
+	return d.Marshal(), err
+}
+
+// authOf says how the .auth file of a key changes which variable, and who signs it.
+func (k *Keys) authOf(name string) (variable string, appends bool, signer *Pair) {
+	switch name {
+	case PK, KEK:
+		return name, false, &k.PK
+	case DBNext:
+		return DB, true, &k.KEK
+	}
+	return DB, false, &k.KEK
+}
+
+// Revocation is what no box shall start any more.
+type Revocation struct {
+	// Digests are Authenticode digests of programs (SHA-256).
+	Digests [][32]byte
+	// Certificates are of keys whose signatures shall count no more.
+	Certificates []*x509.Certificate
+	// Earlier is what earlier additions to dbx held. A box may have missed them, so
+	// a new one should have them too.
+	Earlier sigdb.Database
+}
+
+// Revoke makes an addition to dbx, signed by the key exchange key.
+func (k *Keys) Revoke(r Revocation, at time.Time) ([]byte, error) {
+	owner := sigdb.FromUUID(k.Owner())
+	all := slices.Clone(r.Earlier)
+	for _, c := range r.Certificates {
+		for _, p := range []*Pair{&k.DB, &k.DBNext, &k.KEK, &k.PK} {
+			if p.Cert != nil && p.Cert.Equal(c) {
+				return nil, fmt.Errorf("revoke %q: it is %s.pem, which is in use; boxes would start nothing that it signed: rotate the keys first", c.Subject.CommonName, p.name)
+			}
+		}
+		if !all.HasData(sigdb.TypeX509(), c.Raw) {
+			all = append(all, sigdb.Certificate(c, owner))
+		}
+	}
+	fresh := slices.DeleteFunc(slices.Clone(r.Digests), func(d [32]byte) bool { return all.HasData(sigdb.TypeSHA256(), d[:]) })
+	if len(fresh) > 0 {
+		all = append(all, sigdb.Hashes(fresh, owner))
+	}
+	if len(all) == 0 {
+		return nil, errors.New("revoke: nothing is named")
+	}
+	key, err := k.KEK.Signer()
 	if err != nil {
 		return nil, err
 	}
-	return signatureList(p.Cert, k.Owner()), nil
+	return sigdb.Sign(DBX, all, true, key, k.KEK.Cert, at)
 }
 
 // publicPEM is the PKIX form that OpenSSL and systemd read.
@@ -149,6 +253,21 @@ type Config struct {
 	// stamp in the .auth files. Firmware accepts a later replacement only with
 	// a later stamp.
 	Now time.Time
+	// KeepDB and KeepKEK are certificates of others to be enrolled beside the
+	// vendor's: Microsoft's, where option ROMs are signed with them. Who has a key in
+	// KEK can change db and dbx, which changes PCR 7 (F7).
+	KeepDB, KeepKEK sigdb.Database
+	// Public are keys that exist already, by their names ([PK], [KEK], [DB],
+	// [DBNext], "policy"): a certificate, or a public key, for which one is made.
+	Public map[string]Public
+	// Signers sign with them.
+	Signers Signers
+}
+
+// Public is the public part of a key that lies elsewhere.
+type Public struct {
+	Key  *rsa.PublicKey
+	Cert *x509.Certificate // nil: to be made
 }
 
 func (c *Config) check() error {

@@ -14,6 +14,8 @@ import (
 	"strings"
 
 	"filippo.io/age"
+
+	"github.com/holdfast-os/holdfast/image/sigdb"
 )
 
 // Load reads the keys in the folder dir. All public files must be there; a
@@ -40,27 +42,82 @@ func load(dir string) (*Keys, error) {
 		return nil, err
 	}
 	k := &Keys{}
-	for _, name := range []string{PK, KEK, DB} {
+	signers, err := loadSigners(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := k.loadKeep(dir); err != nil {
+		return nil, err
+	}
+	for _, name := range pairNames() {
 		p, err := k.pair(name)
 		if err != nil {
 			return nil, err
 		}
-		if err := p.load(dir, name); err != nil {
+		err = p.load(dir, name, signers)
+		if name == DBNext && errors.Is(err, fs.ErrNotExist) && p.Cert == nil {
+			*p = Pair{name: name} // a folder from before there was one
+			continue
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
-	for _, p := range []*Pair{&k.PK, &k.KEK, &k.DB} {
-		if !bytes.HasSuffix(p.Auth, signatureList(p.Cert, k.Owner())) {
-			return nil, fmt.Errorf("%s.auth does not enrol %s.pem under the owner that PK.pem stands for; files of two vendors are mixed", p.name, p.name)
+	for _, name := range pairNames() {
+		if err := k.checkAuth(name); err != nil {
+			return nil, err
 		}
 	}
-	if err := k.loadPolicy(dir); err != nil {
+	if err := k.loadPolicy(dir, signers); err != nil {
 		return nil, err
 	}
 	return k, k.loadEscrow(dir)
 }
 
-func (p *Pair) load(dir, name string) error {
+func pairNames() []string { return []string{PK, KEK, DB, DBNext} }
+
+// checkAuth: a mixture of two vendors' files would be found out by a box that takes none.
+func (k *Keys) checkAuth(name string) error {
+	p, err := k.pair(name)
+	if err != nil || p.Cert == nil {
+		return err
+	}
+	a, err := sigdb.ParseAuth(p.Auth)
+	if err != nil {
+		return fmt.Errorf("%s.auth: %w", name, err)
+	}
+	want := sigdb.Database{sigdb.Certificate(p.Cert, sigdb.FromUUID(k.Owner()))}.Marshal()
+	if !bytes.Contains(a.Content.Marshal(), want) {
+		return fmt.Errorf("%s.auth does not enrol %s.pem under the owner that PK.pem stands for; files of two vendors are mixed", name, name)
+	}
+	variable, appends, signer := k.authOf(name)
+	if err := a.VerifiedBy(variable, appends, signer.Cert); err != nil {
+		return fmt.Errorf("%s.auth is not signed with %s.pem; files of two vendors are mixed: %w", name, signer.name, err)
+	}
+	return nil
+}
+
+// loadKeep reads the signature lists of others; there need not be any.
+func (k *Keys) loadKeep(dir string) error {
+	for _, f := range []struct {
+		name string
+		into *sigdb.Database
+	}{{keepDBName, &k.KeepDB}, {keepKEKName, &k.KeepKEK}} {
+		b, err := readFile(dir, f.name, false)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			*f.into, err = sigdb.Parse(b)
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.name, err)
+		}
+	}
+	return nil
+}
+
+func (p *Pair) load(dir, name string, signers Signers) error {
 	p.name = name
 	der, err := readPEM(dir, name+".pem", "CERTIFICATE")
 	if err != nil {
@@ -77,17 +134,27 @@ func (p *Pair) load(dir, name string) error {
 		return fmt.Errorf("%s.pem holds a %T, expected an RSA key", name, p.Cert.PublicKey)
 	}
 	key, err := loadRSA(dir, name+".key")
-	if err != nil || key == nil {
+	if err != nil {
 		return err
 	}
-	if !key.PublicKey.Equal(pub) {
+	program, err := signers.program(dir, name, pub)
+	switch {
+	case err != nil:
+		return err
+	case key != nil && program != nil:
+		return fmt.Errorf("%s.key is there and %s names a program for it; remove one of them", name, signersName)
+	case program != nil:
+		p.Key = program
+	case key == nil:
+	case !key.PublicKey.Equal(pub):
 		return fmt.Errorf("%s.key does not belong to the certificate in %s.pem", name, name)
+	default:
+		p.Key = key
 	}
-	p.Key = key
 	return nil
 }
 
-func (k *Keys) loadPolicy(dir string) error {
+func (k *Keys) loadPolicy(dir string, signers Signers) error {
 	der, err := readPEM(dir, "policy.pem", "PUBLIC KEY")
 	if err != nil {
 		return err
@@ -105,8 +172,15 @@ func (k *Keys) loadPolicy(dir string) error {
 		return fmt.Errorf("policy.pem: %w", err)
 	}
 	key, err := loadRSA(dir, "policy.key")
+	if err != nil {
+		return err
+	}
+	k.policy, err = signers.program(dir, policyName, pub)
 	if err != nil || key == nil {
 		return err
+	}
+	if k.policy != nil {
+		return fmt.Errorf("policy.key is there and %s names a program for it; remove one of them", signersName)
 	}
 	if !key.PublicKey.Equal(pub) {
 		return errors.New("policy.key does not belong to the public key in policy.pem")
@@ -222,4 +296,31 @@ func checkMode(path string, fi fs.FileInfo, want fs.FileMode) error {
 		return fmt.Errorf("%s has mode %#o, others could read private keys: chmod %#o %s", path, mode, want, path)
 	}
 	return nil
+}
+
+// ParsePublic reads a certificate or a public key in PEM.
+func ParsePublic(text []byte) (p Public, err error) {
+	block, rest := pem.Decode(text)
+	if block == nil || len(bytes.TrimSpace(rest)) > 0 {
+		return p, errors.New("expected one PEM block, of a certificate or a public key")
+	}
+	var key any
+	switch block.Type {
+	case "CERTIFICATE":
+		if p.Cert, err = x509.ParseCertificate(block.Bytes); err == nil {
+			key = p.Cert.PublicKey
+		}
+	case "PUBLIC KEY":
+		key, err = x509.ParsePKIXPublicKey(block.Bytes)
+	default:
+		err = fmt.Errorf("PEM block %q, expected a certificate or a public key", block.Type)
+	}
+	if err != nil {
+		return p, err
+	}
+	var ok bool
+	if p.Key, ok = key.(*rsa.PublicKey); !ok {
+		return p, fmt.Errorf("a %T, expected an RSA key", key)
+	}
+	return p, nil
 }

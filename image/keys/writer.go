@@ -1,6 +1,7 @@
 package keys
 
 import (
+	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -19,6 +20,8 @@ import (
 
 	"filippo.io/age"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/image/sigdb"
 )
 
 // outFile is a file of the folder to be.
@@ -46,7 +49,7 @@ func Create(dir string, cfg Config) (*Keys, error) {
 	if err := checkVacant(dir); err != nil {
 		return nil, err
 	}
-	k, files, err := generate(cfg)
+	k, files, err := generate(filepath.Dir(dir), cfg)
 	if err != nil {
 		return nil, fmt.Errorf("create keys: %w", err)
 	}
@@ -84,48 +87,125 @@ func checkVacant(dir string) error {
 	return fmt.Errorf("create keys: folder %s holds %s; keys are never overwritten, as devices depend on them: choose another folder", dir, strings.Join(names, ", "))
 }
 
-// generate makes the keys and the files that hold them.
-func generate(cfg Config) (*Keys, []outFile, error) {
+// generate makes the keys and the files that hold them. Programs run in dir.
+func generate(dir string, cfg Config) (*Keys, []outFile, error) {
 	k := &Keys{}
 	var files []outFile
 	now := cfg.Now.UTC().Truncate(time.Second)
-	for _, s := range []struct {
-		pair  *Pair
-		name  string
-		title string
-	}{{&k.PK, PK, "platform key"}, {&k.KEK, KEK, "key exchange key"}, {&k.DB, DB, "signature key"}} {
-		key, keyPEM, err := generateRSA()
-		if err != nil {
-			return nil, nil, err
+	k.KeepDB, k.KeepKEK = cfg.KeepDB, cfg.KeepKEK
+	for _, keep := range []struct {
+		name string
+		list sigdb.Database
+	}{{keepDBName, cfg.KeepDB}, {keepKEKName, cfg.KeepKEK}} {
+		if len(keep.list) > 0 {
+			files = append(files, outFile{keep.name, keep.list.Marshal(), false})
 		}
-		cert, err := selfSign(key, cfg.Organization, s.title, now)
-		if err != nil {
-			return nil, nil, err
-		}
-		*s.pair = Pair{Key: key, Cert: cert, name: s.name}
-		files = append(files, outFile{s.name + ".key", keyPEM, true},
-			outFile{s.name + ".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), false})
 	}
-	for _, s := range []struct{ pair, signer *Pair }{{&k.PK, &k.PK}, {&k.KEK, &k.PK}, {&k.DB, &k.KEK}} {
-		list := signatureList(s.pair.Cert, k.Owner())
-		auth, err := SignVariable(s.pair.name, list, s.signer.Key, s.signer.Cert, now)
+	for _, name := range pairNames() {
+		made, err := k.generatePair(dir, name, &cfg, now)
+		if err != nil {
+			return nil, nil, fmt.Errorf("%s: %w", name, err)
+		}
+		files = append(files, made...)
+	}
+	for _, name := range pairNames() {
+		file, err := k.enrol(name, now)
 		if err != nil {
 			return nil, nil, err
 		}
-		s.pair.Auth = auth
-		files = append(files, outFile{s.pair.name + ".auth", auth, false})
+		files = append(files, file)
 	}
-	rest, err := k.generatePolicyAndEscrow(now)
+	if len(cfg.Signers) > 0 {
+		text, err := cfg.Signers.marshal()
+		if err != nil {
+			return nil, nil, err
+		}
+		files = append(files, outFile{signersName, text, true})
+	}
+	rest, err := k.generatePolicyAndEscrow(dir, &cfg, now)
 	return k, append(files, rest...), err
 }
 
-func (k *Keys) generatePolicyAndEscrow(now time.Time) (files []outFile, err error) {
-	key, keyPEM, err := generateRSA()
+// title is for the certificates' common names.
+func title(name string) string {
+	switch name {
+	case PK:
+		return "platform key"
+	case KEK:
+		return "key exchange key"
+	}
+	return "signature key"
+}
+
+// generatePair makes a key and its certificate, or the certificate of a key that is
+// elsewhere.
+func (k *Keys) generatePair(dir, name string, cfg *Config, now time.Time) (files []outFile, err error) {
+	pair, err := k.pair(name)
 	if err != nil {
 		return nil, err
 	}
-	k.PolicyKey = key
-	if k.PolicyPublicPEM, err = publicPEM(&key.PublicKey); err != nil {
+	*pair = Pair{name: name}
+	given, ok := cfg.Public[name]
+	if !ok {
+		key, keyPEM, err := generateRSA()
+		if err != nil {
+			return nil, err
+		}
+		pair.Key, files = key, append(files, outFile{name + ".key", keyPEM, true})
+	} else {
+		program, err := cfg.Signers.program(dir, name, given.Key)
+		if err != nil {
+			return nil, err
+		}
+		if program != nil {
+			pair.Key = program
+		}
+		pair.Cert = given.Cert
+	}
+	if pair.Cert == nil {
+		key, err := pair.Signer()
+		if err == nil {
+			pair.Cert, err = selfSign(key, cfg.Organization, title(name), now)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return append(files, outFile{name + ".pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: pair.Cert.Raw}), false}), nil
+}
+
+// enrol signs the .auth file of a key.
+func (k *Keys) enrol(name string, now time.Time) (outFile, error) {
+	content, err := k.content(name)
+	if err != nil {
+		return outFile{}, err
+	}
+	variable, appends, signer := k.authOf(name)
+	key, err := signer.Signer()
+	if err != nil {
+		return outFile{}, err
+	}
+	pair, err := k.pair(name)
+	if err != nil {
+		return outFile{}, err
+	}
+	pair.Auth, err = sigdb.Sign(variable, content, appends, key, signer.Cert, now)
+	return outFile{name + ".auth", pair.Auth, false}, err
+}
+
+func (k *Keys) generatePolicyAndEscrow(dir string, cfg *Config, now time.Time) (files []outFile, err error) {
+	public := cfg.Public[policyName].Key
+	if public == nil {
+		key, keyPEM, err := generateRSA()
+		if err != nil {
+			return nil, err
+		}
+		k.PolicyKey, public = key, &key.PublicKey
+		files = append(files, outFile{"policy.key", keyPEM, true})
+	} else if k.policy, err = cfg.Signers.program(dir, policyName, public); err != nil {
+		return nil, err
+	}
+	if k.PolicyPublicPEM, err = publicPEM(public); err != nil {
 		return nil, err
 	}
 	if k.Escrow, err = age.GenerateX25519Identity(); err != nil {
@@ -134,12 +214,11 @@ func (k *Keys) generatePolicyAndEscrow(now time.Time) (files []outFile, err erro
 	k.EscrowRecipient = k.Escrow.Recipient()
 	// The form that age-keygen writes, so that age itself opens escrowed keys.
 	identity := fmt.Sprintf("# created: %s\n# public key: %s\n%s\n", now.Format(time.RFC3339), k.EscrowRecipient, k.Escrow)
-	return []outFile{
-		{"policy.key", keyPEM, true},
-		{"policy.pem", k.PolicyPublicPEM, false},
-		{"escrow.key", []byte(identity), true},
-		{"escrow.pub", []byte(k.EscrowRecipient.String() + "\n"), false},
-	}, nil
+	return append(files,
+		outFile{"policy.pem", k.PolicyPublicPEM, false},
+		outFile{"escrow.key", []byte(identity), true},
+		outFile{"escrow.pub", []byte(k.EscrowRecipient.String() + "\n"), false},
+	), nil
 }
 
 func generateRSA() (*rsa.PrivateKey, []byte, error) {
@@ -157,7 +236,7 @@ func generateRSA() (*rsa.PrivateKey, []byte, error) {
 // selfSign makes the certificate that firmware stores. It is a CA, as what
 // "openssl req -x509" makes is, because some firmware looks for an issuer of
 // the signing certificate and has to find this one.
-func selfSign(key *rsa.PrivateKey, organization, title string, now time.Time) (*x509.Certificate, error) {
+func selfSign(key crypto.Signer, organization, title string, now time.Time) (*x509.Certificate, error) {
 	spki, err := x509.MarshalPKIXPublicKey(key.Public())
 	if err != nil {
 		return nil, err

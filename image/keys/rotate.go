@@ -1,0 +1,171 @@
+package keys
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/image/sigdb"
+)
+
+// Rotate makes the key db-next the key db, and a new db-next: see the package's
+// documentation for when. In a folder from before there was a db-next it makes one
+// and changes nothing else, since no box knows it yet. The old key stays in the folder as db-retired-….key and
+// .pem. Organization, Now and, for keys that lie elsewhere, Public and Signers of cfg
+// count, the latter for the new db-next; Now has to be later than all that was
+// signed before. The folder is exchanged as a whole, or stays as it was.
+func Rotate(dir string, cfg Config) (*Keys, error) {
+	k, err := rotate(dir, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("rotate keys in %s: %w", dir, err)
+	}
+	return k, nil
+}
+
+func rotate(dir string, cfg Config) (*Keys, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.check(); err != nil {
+		return nil, err
+	}
+	old, err := Load(dir)
+	if err != nil {
+		return nil, err
+	}
+	now := cfg.Now.UTC().Truncate(time.Second)
+	if last, err := sigdb.ParseAuth(old.DB.Auth); err != nil || !now.After(last.Time) {
+		return nil, errors.Join(err, fmt.Errorf("the time %s is not later than that of db.auth; firmware would refuse the new one", now.Format(time.RFC3339)))
+	}
+	files, err := readFolder(dir)
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Signers, err = old.moveFiles(files, cfg.Signers); err != nil {
+		return nil, err
+	}
+	k := *old
+	enrol := []string{DBNext}
+	if old.DBNext.Cert != nil {
+		k.DB, enrol = old.DBNext, []string{DB, DBNext}
+		k.DB.name = DB
+		if p, ok := k.DB.Key.(*Program); ok {
+			p.Name = DB
+		}
+	}
+	if err := k.add(files, dir, DBNext, &cfg, now); err != nil {
+		return nil, err
+	}
+	for _, name := range enrol {
+		file, err := k.enrol(name, now)
+		if err != nil {
+			return nil, err
+		}
+		files[file.name] = file
+	}
+	return &k, exchangeFolder(dir, files)
+}
+
+// add makes a key and puts its files to the others.
+func (k *Keys) add(files map[string]outFile, dir, name string, cfg *Config, now time.Time) error {
+	made, err := k.generatePair(dir, name, cfg, now)
+	for _, f := range made {
+		files[f.name] = f
+	}
+	return err
+}
+
+// moveFiles renames db to db-retired-… and db-next to db, in the folder to be and in
+// its signers.json; next may name a program for the new db-next.
+func (k *Keys) moveFiles(files map[string]outFile, next Signers) (Signers, error) {
+	sum := sha256.Sum256(k.DB.Cert.Raw)
+	retired := fmt.Sprintf("db-retired-%x", sum[:4])
+	move := func(from, to string) {
+		for _, ext := range []string{".key", ".pem"} {
+			if f, ok := files[from+ext]; ok {
+				f.name = to + ext
+				files[f.name] = f
+				delete(files, from+ext)
+			}
+		}
+	}
+	rotates := k.DBNext.Cert != nil
+	if rotates {
+		move(DB, retired)
+		move(DBNext, DB)
+	}
+	signers := Signers{}
+	if f, ok := files[signersName]; ok {
+		var err error
+		if signers, err = ParseSigners(f.content); err != nil {
+			return nil, fmt.Errorf("%s: %w", signersName, err)
+		}
+	}
+	if rotates {
+		delete(signers, DB)
+		if s, ok := signers[DBNext]; ok {
+			signers[DB] = s
+			delete(signers, DBNext)
+		}
+	}
+	if s, ok := next[DBNext]; ok {
+		signers[DBNext] = s
+	}
+	delete(files, signersName)
+	if len(signers) > 0 {
+		text, err := signers.marshal()
+		if err != nil {
+			return nil, err
+		}
+		files[signersName] = outFile{signersName, text, true}
+	}
+	return signers, nil
+}
+
+// readFolder reads every file of a folder.
+func readFolder(dir string) (map[string]outFile, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	files := map[string]outFile{}
+	for _, e := range entries {
+		b, err := readFile(dir, e.Name(), false)
+		if err != nil {
+			return nil, fmt.Errorf("%w; a keys folder that is rotated holds small files only", err)
+		}
+		info, err := e.Info()
+		if err != nil {
+			return nil, err
+		}
+		files[e.Name()] = outFile{e.Name(), b, info.Mode().Perm()&0o077 == 0}
+	}
+	return files, nil
+}
+
+// exchangeFolder puts a folder with these files in the place of dir, by one rename.
+func exchangeFolder(dir string, files map[string]outFile) error {
+	list := make([]outFile, 0, len(files))
+	for _, f := range files {
+		list = append(list, f)
+	}
+	temp := dir + ".new"
+	if _, err := os.Lstat(temp); !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s is in the way, left by an attempt that was cut off: compare it with %s and remove it (%w)", temp, dir, errors.Join(err, fs.ErrExist))
+	}
+	if err := writeFolder(temp, list); err != nil {
+		return err
+	}
+	if err := unix.Renameat2(unix.AT_FDCWD, temp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
+		return errors.Join(fmt.Errorf("exchange %s and %s: %w", temp, dir, err), os.RemoveAll(temp))
+	}
+	// temp is the old folder now. What it held is in the new one.
+	return errors.Join(syncFolder(filepath.Dir(dir)), os.RemoveAll(temp))
+}
