@@ -10,7 +10,7 @@ GO      ?= go
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
 # What building, running and judging needs of Debian 12.
-PACKAGES := qemu-system-x86 qemu-utils ovmf swtpm swtpm-tools systemd-boot-efi \
+PACKAGES := age zbar-tools qemu-system-x86 qemu-utils ovmf swtpm swtpm-tools systemd-boot-efi \
 	cryptsetup-bin tpm2-tools sbsigntool systemd libtss2-tcti-swtpm0 mtools dosfstools gdisk erofs-utils \
 	e2fsprogs mmdebstrap efitools cpio zstd kmod binutils openssl gcc libc6-dev \
 	ca-certificates curl jq

@@ -142,7 +142,7 @@ func (v *volume) readTokens(raw map[int]json.RawMessage) {
 func tokenMeaning(kind string, raw []byte, record *seal.Record) []string {
 	switch kind {
 	case recoveryType:
-		return []string{"a recovery key, shown and escrowed when the volume was made"}
+		return []string{"a recovery key, shown or escrowed when it was made"}
 	case seal.TokenType, seal.OwnTokenType:
 		t, err := seal.ParseToken(raw)
 		if err != nil {

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/image/spec"
+	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/update"
 	"github.com/holdfast-os/holdfast/update/repo"
 )
@@ -46,6 +47,8 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
   bundle RELEASE -o FILE one release with all its signatures, to carry by hand
   verify BUNDLE          check a bundle as a device would, and explain it  [--json]
   apply BUNDLE --disk D  write it into the free slot of a disk on the bench
+  escrow VERB FILE       a box's escrowed recovery key: inspect, receipt, newkey
+  recover ESCROW --key K the recovery key in it
   version
 
 example:
@@ -66,7 +69,8 @@ func verbs() []verb {
 	return []verb{
 		{"init", runInit}, {"keys", runKeys}, {"lock", runLock}, {"build", runBuild},
 		{"run", runRun}, {"inspect", runInspect}, {"repo", runRepo}, {"bundle", runBundle},
-		{"verify", runVerify}, {"apply", runApply}, {"version", runVersion},
+		{"verify", runVerify}, {"apply", runApply},
+		{"escrow", runEscrow}, {"recover", runRecover}, {"version", runVersion},
 	}
 }
 
@@ -168,7 +172,7 @@ func exitCode(err error) int {
 	if errors.As(err, &waits) {
 		return exitWaits
 	}
-	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder} {
+	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder, escrow.ErrSignature} {
 		if errors.Is(err, untrusted) {
 			return exitVerify
 		}

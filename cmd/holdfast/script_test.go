@@ -50,6 +50,8 @@ func TestMain(m *testing.M) {
 //	mkimage NAME               an image in it
 //	device ROOT URL VERSION    a device with that root.json finds this version there, and fetches it
 //	mkluks FILE                a volume by our own package
+//	mkescrow VOLUME ESCROW SERIAL THRESHOLD RECIPIENT...
+//	                           a volume and its recovery key, encrypted to the keys in these files
 //	kernel FILE                Debian's kernel package
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
@@ -67,7 +69,7 @@ func TestScripts(t *testing.T) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
-			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS,
+			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS, "mkescrow": scriptEscrow,
 			"kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
 			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},

@@ -77,6 +77,9 @@ const (
 // Schemes of [Signature].
 const SchemeEd25519 = "ed25519"
 
+// ErrSignature marks a file that was damaged, forged, or is another's.
+var ErrSignature = errors.New("the signature is not right")
+
 // Holder is one who keeps a share.
 type Holder struct {
 	Name string `json:"name"` // a-z, 0-9 and hyphens, at most 32
@@ -370,15 +373,20 @@ func (e *Escrow) holders() string {
 	return strings.Join(names, ", ")
 }
 
-// SameBox is an error unless earlier is of the same box and signed by the same key.
+// FileName is what the box calls the file on a medium.
+func (e *Escrow) FileName() string {
+	return fmt.Sprintf("holdfast-escrow-%s-%s-%d.json", e.Product, e.Box[:8], e.Serial)
+}
+
+// SameBox is [ErrSignature] unless earlier is of the same box and signed by the same key.
 func (e *Escrow) SameBox(earlier *Escrow) error {
 	switch {
 	case e.Box != earlier.Box:
-		return fmt.Errorf("this escrow is of box %s, the earlier one of %s", e.Box, earlier.Box)
+		return fmt.Errorf("%w: this escrow is of box %s, the earlier one of %s", ErrSignature, e.Box, earlier.Box)
 	case !bytes.Equal(e.Signature.PublicKey, earlier.Signature.PublicKey):
-		return errors.New("this escrow is not signed by the key of the earlier one: the box was provisioned anew, or somebody else made it")
+		return fmt.Errorf("%w: this escrow is not signed by the key of the earlier one: the box was provisioned anew, or somebody else made it", ErrSignature)
 	case e.Serial < earlier.Serial:
-		return fmt.Errorf("this escrow is number %d of the box, older than %d", e.Serial, earlier.Serial)
+		return fmt.Errorf("%w: this escrow is number %d of the box, older than %d", ErrSignature, e.Serial, earlier.Serial)
 	}
 	return nil
 }

@@ -172,7 +172,7 @@ func (e *Escrow) signed() []byte {
 
 func (e *Escrow) verify() error {
 	if !ed25519.Verify(e.Signature.PublicKey, e.signed(), e.Signature.Value) {
-		return errors.New("the box's signature is not right: the file was damaged, or somebody changed it")
+		return fmt.Errorf("%w: the file was damaged, or somebody changed what the box had signed", ErrSignature)
 	}
 	return nil
 }

@@ -55,7 +55,7 @@ func (r *Receipt) Marshal() []byte { return canonical(r) }
 func ParseReceipt(b []byte, key ed25519.PublicKey) (*Receipt, error) {
 	r, err := decodeReceipt(b)
 	if err == nil && (len(key) != ed25519.PublicKeySize || !ed25519.Verify(key, r.signed(), r.Signature)) {
-		err = errors.New("it is not signed by the key that this appliance takes receipts from: another vendor's, or somebody made it up")
+		err = fmt.Errorf("%w: it is not signed by the key that receipts are taken from: it is another vendor's, or somebody made it up", ErrSignature)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("escrow receipt: %w", err)
@@ -89,6 +89,14 @@ func (r *Receipt) signed() []byte {
 	bare := *r
 	bare.Signature = nil
 	return append([]byte(receiptSignedFirst), canonical(&bare)...)
+}
+
+// ReceiptPrefix begins the names of receipts that a box looks for on a medium.
+const ReceiptPrefix = "holdfast-receipt-"
+
+// FileName is what the box looks for on a medium.
+func (r *Receipt) FileName() string {
+	return fmt.Sprintf("%s%s-%d.json", ReceiptPrefix, r.Box[:8], r.Serial)
 }
 
 // Covers is an error unless the receipt is for exactly this escrow.
