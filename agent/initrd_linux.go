@@ -226,7 +226,7 @@ func (i *initrd) slot() string {
 // openVolumes measures the phase in which keys may be had and opens the volumes.
 func (i *initrd) openVolumes() error {
 	m := &Machine{
-		Log: i.log, Console: i.console, Root: sysroot,
+		Log: i.log, Console: i.console, Root: sysroot, Slot: i.status.Slot, Echo: echoOf(i.console),
 		Storage:    &kernelStorage{disk: i.root.disk},
 		OpenTPM:    waitForTPM,
 		Signatures: func() ([]byte, error) { return os.ReadFile(signaturesPath) },

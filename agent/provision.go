@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
@@ -22,11 +23,13 @@ type secrets struct {
 	sealed     []byte // opens the TPM keyslot of every volume
 	management []byte
 	recovery   *luks2.RecoveryKey
+	pin        []byte // nil without one
 }
 
 func (s *secrets) wipe() {
 	luks2.Wipe(s.sealed)
 	luks2.Wipe(s.management)
+	luks2.Wipe(s.pin)
 	s.recovery.Wipe()
 }
 
@@ -46,7 +49,12 @@ func (m *Machine) provision(b image.Boot, vols []*volume) error {
 		return err
 	}
 	defer keys.wipe()
-	token, record, err := m.seal(b, policy, keys.sealed)
+	if policy.PIN {
+		if keys.pin, err = m.choosePIN(); err != nil {
+			return err
+		}
+	}
+	token, record, err := m.seal(b, policy, keys)
 	if err != nil {
 		return err
 	}
@@ -79,9 +87,13 @@ func (m *Machine) checkedPolicy(b image.Boot) (policy seal.Policy, err error) {
 	if err != nil {
 		m.Log.Warn("Secure Boot state unknown, taken as off", "error", err)
 	}
-	bound := boundPCRs(secureBoot)
+	a := b.Appliance
+	literal, err := seal.Literal(a.Seal.Policy, secureBoot)
+	if err != nil {
+		return policy, unfit(err)
+	}
 	var problems []error
-	for _, p := range fitness.Problems(bound) {
+	for _, p := range fitness.Problems(literal) {
 		if !p.Blocks {
 			m.Log.Warn("TPM", "problem", p.String())
 			continue
@@ -91,15 +103,21 @@ func (m *Machine) checkedPolicy(b image.Boot) (policy seal.Policy, err error) {
 	if len(problems) > 0 {
 		return policy, unfit(errors.Join(problems...))
 	}
-	values, err := seal.ReadPCRs(tpm, bound)
-	if err != nil {
+	if m.now, err = seal.ReadPCRs(tpm, boundPCRs); err != nil {
 		return policy, err
 	}
 	if !secureBoot {
 		m.Log.Warn("degraded", "reason", degradedWithoutSecureBoot)
 	}
-	policy = seal.Standard([]byte(b.Appliance.Seal.PolicyKeyPEM), values)
-	policy.Name = b.Appliance.Seal.Policy
+	var bound bond
+	if a.Seal.Policy == seal.PolicyRollbackProof {
+		if bound, err = newBond(tpm, a.Seal.Epoch); err != nil {
+			return policy, unfit(err)
+		}
+	}
+	if policy, err = policyOf(a.Seal, secureBoot, bound, m.now); err != nil {
+		return policy, err
+	}
 	return policy, policy.Validate()
 }
 
@@ -123,7 +141,7 @@ func (m *Machine) makeSecrets() (*secrets, error) {
 
 // seal puts the secret under the policy and tries at once whether it comes back:
 // a seal that this very boot cannot open would be found out only at the next.
-func (m *Machine) seal(b image.Boot, policy seal.Policy, secret []byte) (token seal.Token, record seal.Record, err error) {
+func (m *Machine) seal(b image.Boot, policy seal.Policy, keys *secrets) (token seal.Token, record seal.Record, err error) {
 	srk, err := seal.EnsureSRK(m.tpm)
 	if err != nil {
 		return token, record, err
@@ -132,18 +150,22 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, secret []byte) (token s
 	if srk.Note != "" {
 		m.Log.Warn("TPM", "storage key", srk.Note)
 	}
-	if token, err = seal.Seal(m.tpm, srk, secret, policy, nil); err != nil {
+	if token, err = seal.Seal(m.tpm, srk, keys.sealed, policy, keys.pin); err != nil {
 		return token, record, err
 	}
+	token.For = slotName(partition.Slot(m.Slot), b.Appliance.Version)
 	signatures, err := m.signatures()
 	if err != nil {
 		return token, record, err
 	}
-	back, err := seal.Unseal(m.tpm, token, signatures, nil)
+	if err := seal.AddTickets(m.tpm, &token, signatures); err != nil {
+		return token, record, err
+	}
+	back, err := seal.Unseal(m.tpm, token, signatures, keys.pin)
 	if err != nil {
 		return token, record, fmt.Errorf("a trial unseal is refused, so the next boot would be too: %w", err)
 	}
-	same := subtle.ConstantTimeCompare(back, secret) == 1
+	same := subtle.ConstantTimeCompare(back, keys.sealed) == 1
 	luks2.Wipe(back)
 	if !same {
 		return token, record, errors.New("a trial unseal gives another secret than the one that was sealed: the TPM or the bus to it is faulty")
@@ -152,6 +174,7 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, secret []byte) (token s
 	if err != nil {
 		return token, record, err
 	}
+	m.opened = &token
 	return token, seal.Record{Policy: policy.Name, PCRs: now, SRKName: srk.Name, Release: b.Appliance.Name + " " + b.Appliance.Version}, nil
 }
 
@@ -178,7 +201,12 @@ func (m *Machine) makeVolume(v *volume, keys *secrets, token seal.Token, record 
 	if err := m.mount(v); err != nil {
 		return err
 	}
-	return m.keepManagementKey(v, keys.management)
+	passphrase := managementPassphrase(keys.management)
+	defer luks2.Wipe(passphrase)
+	if err := m.keepSecret(v, managementKeyFile, passphrase); err != nil || keys.pin == nil {
+		return err
+	}
+	return m.keepSecret(v, pinFile, keys.pin)
 }
 
 func (m *Machine) newHeader(v *volume, keys *secrets, token seal.Token, record seal.Record) (*luks2.Header, error) {
@@ -230,18 +258,18 @@ func managementPassphrase(key []byte) []byte {
 	return base64.StdEncoding.AppendEncode(nil, key)
 }
 
-// keepManagementKey puts the key on the volume itself and syncs.
-func (m *Machine) keepManagementKey(v *volume, key []byte) (err error) {
+// keepSecret puts a secret on the volume itself and syncs.
+func (m *Machine) keepSecret(v *volume, name string, secret []byte) (err error) {
 	dir := filepath.Join(m.Root, v.Volume.Mount, stateFolder)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, managementKeyFile), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if _, err := f.Write(managementPassphrase(key)); err != nil {
+	if _, err := f.Write(secret); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {

@@ -27,7 +27,7 @@ const wrongKeyDelay = 2 * time.Second
 // this prompt never becomes a shell (F80).
 func (m *Machine) recover(vols []*volume, cause error) error {
 	fmt.Fprintf(m.Console, "\r\n%s\r\n", strings.ReplaceAll(m.explanation(cause), "\n", "\r\n"))
-	in := bufio.NewReaderSize(m.Console, 4096)
+	in := m.keyboard()
 	for {
 		fmt.Fprint(m.Console, "\r\nrecovery key (or: reboot, poweroff): ")
 		line, err := readLine(in)
@@ -50,6 +50,15 @@ func (m *Machine) recover(vols []*volume, cause error) error {
 		fmt.Fprintf(m.Console, "\r\nnot opened: %v\r\n", err)
 		time.Sleep(wrongKeyDelay)
 	}
+}
+
+// keyboard is the one reader of the console: what it has read ahead is not lost from
+// one prompt to the next.
+func (m *Machine) keyboard() *bufio.Reader {
+	if m.typed == nil {
+		m.typed = bufio.NewReaderSize(m.Console, 4096)
+	}
+	return m.typed
 }
 
 // tryRecovery opens the volumes with what a person typed.
@@ -91,6 +100,8 @@ func (m *Machine) explanation(cause error) string {
 	case errors.Is(cause, seal.ErrWrongTPM):
 		b.WriteString("  Innocent: the mainboard was replaced, the disk moved, or the TPM cleared by a firmware update.\n" +
 			"  Hostile: somebody took the disk and started it in another box.\n")
+	case errors.Is(cause, errRecoveryWanted):
+		// Nothing is wrong that would have to be explained.
 	case errors.Is(cause, seal.ErrLockout):
 		b.WriteString("  The TPM is locked against guessing; it opens again by itself after the time above.\n")
 	default:

@@ -29,9 +29,19 @@ type Status struct {
 	Policy string   `json:"policy"`
 	Rules  []string `json:"rules,omitempty"`
 	// SealedPCRs are the registers whose values the volumes' key is bound to.
-	SealedPCRs []int    `json:"sealed_pcrs,omitempty"`
-	Degraded   []string `json:"degraded,omitempty"` // why protection is less than the policy's best
-	Problems   []string `json:"problems,omitempty"` // what a person should look at
+	SealedPCRs []int `json:"sealed_pcrs,omitempty"`
+	// States are all in which the TPM opens the volumes; Rules and SealedPCRs are of the
+	// one that did in this boot, or of the first.
+	States []StateStatus `json:"states,omitempty"`
+	// SecureBoot says that the firmware enforces the vendor's keys.
+	SecureBoot bool `json:"secure_boot"`
+	// PCRs are registers at the moment the volumes were opened, in hex, as far as they
+	// were read then: what the policy binds of them, or all after a refusal.
+	PCRs map[int]string `json:"pcrs,omitempty"`
+	// Repaired says, after a boot that the recovery key opened, that the TPM opens again.
+	Repaired string   `json:"repaired,omitempty"`
+	Degraded []string `json:"degraded,omitempty"` // why protection is less than the policy's best
+	Problems []string `json:"problems,omitempty"` // what a person should look at
 
 	Volumes  []VolumeStatus  `json:"volumes,omitempty"`
 	Services []ServiceStatus `json:"services,omitempty"`
@@ -109,11 +119,21 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	for _, r := range s.Rules {
 		fmt.Fprintf(&b, "            %s\n", r)
 	}
+	for _, t := range s.States {
+		opened := ""
+		if t.Opened {
+			opened = ", which opened the data volumes in this boot"
+		}
+		fmt.Fprintf(&b, "state     %s%s\n", orNone(t.For), opened)
+	}
 	for _, d := range s.Degraded {
 		fmt.Fprintf(&b, "DEGRADED  %s\n", d)
 	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(&b, "PROBLEM   %s\n", p)
+	}
+	if s.Repaired != "" {
+		fmt.Fprintf(&b, "repaired  %s\n", s.Repaired)
 	}
 	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)
 	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bufio"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -10,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"time"
 
@@ -70,31 +70,31 @@ type Machine struct {
 	// Then a TPM that refuses ends the boot, instead of a wait for somebody with the
 	// recovery key: the other release may open the volumes, and asks if it cannot.
 	OnTrial bool
+	// Slot is the one that was booted, "a" or "b"; it names the states that are sealed for it.
+	Slot string
+	// Echo, when set, turns on and off that the console shows what is typed.
+	Echo func(on bool)
 	// Root is where the release's root is mounted; volumes go below it.
 	Root string
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
 
 	tpm     *meteredTPM
-	changes []string // which PCRs differ, once the TPM has refused
+	typed   *bufio.Reader // of the console, once
+	changes []string      // which PCRs differ, once the TPM has refused
+	opened  *seal.Token   // the state that the TPM opened
+	now     map[int]pcr.Digest
 }
 
-// boundPCRs are the literal registers of the policy standard. Secure Boot on:
-// 7 says that the vendor's keys, and nobody else's, decided what started.
-// Off: 7 proves nothing and any system can make PCR 11 look right, so the very
-// loader and kernel (4) and the command line and add-ons (12) are bound too.
-func boundPCRs(secureBoot bool) []int {
-	if secureBoot {
-		return []int{7}
-	}
-	return []int{4, 7, 12}
-}
+// recordedPCRs are kept beside the seal to explain a refusal later; boundPCRs are
+// those that some policy binds, as many as one command reads.
+var (
+	recordedPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 11, 12}
+	boundPCRs    = []int{0, 2, 4, 7, 11, 12}
+)
 
-// recordedPCRs are kept beside the seal to explain a refusal later.
-var recordedPCRs = []int{0, 1, 2, 3, 4, 5, 6, 7, 11, 12}
-
-const degradedWithoutSecureBoot = "Secure Boot is off: the volumes are bound to this exact loader and kernel (PCR 4) instead, " +
-	"so every update of either needs a new seal; enrol the vendor's keys in the firmware"
+const degradedWithoutSecureBoot = "Secure Boot is off: the volumes are bound to this exact loader and kernel (PCR 4) instead; " +
+	"enrol the vendor's keys in the firmware"
 
 // volume is a data volume on its way to being open.
 type volume struct {
@@ -205,9 +205,12 @@ func (m *Machine) unlock(b image.Boot, vols []*volume) error {
 		err = openWith(vols, passphrase, slot, "tpm")
 		luks2.Wipe(passphrase)
 	}
+	if errors.Is(err, ErrReboot) || errors.Is(err, ErrPowerOff) {
+		return err
+	}
 	if err != nil {
 		m.Log.Warn("the TPM does not open the data volumes", "reason", err)
-		if m.OnTrial {
+		if m.OnTrial && !errors.Is(err, errRecoveryWanted) {
 			return fmt.Errorf("a release on trial whose data volumes stay closed is left: %w", err)
 		}
 		if err := m.recover(vols, err); err != nil {
@@ -252,9 +255,12 @@ func damaged(c luks2.CopyReport) bool { return c.Err != nil || c.Stale }
 
 // unseal asks the TPM for the secret all volumes share.
 func (m *Machine) unseal(v *volume) (passphrase []byte, slot int, err error) {
-	token, err := tokenOf(v.header)
-	if err != nil {
-		return nil, 0, fmt.Errorf("data volume %s: %w", v.Name, err)
+	var tokens []seal.Token
+	for _, t := range tpmTokens(v.header) {
+		tokens = append(tokens, t.Token)
+	}
+	if len(tokens) == 0 {
+		return nil, 0, fmt.Errorf("data volume %s: no TPM keyslot", v.Name)
 	}
 	tpm, err := m.openTPM()
 	if err != nil {
@@ -264,14 +270,38 @@ func (m *Machine) unseal(v *volume) (passphrase []byte, slot int, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	secret, err := seal.Unseal(tpm, token, signatures, nil)
+	secret, i, err := seal.UnsealAny(tpm, tokens, signatures, nil)
+	if errors.Is(err, seal.ErrPINNeeded) {
+		secret, i, err = m.askPIN(tpm, tokens, signatures)
+	}
 	if err != nil {
 		m.changes = m.explain(v.header, tpm)
 		return nil, 0, err
 	}
 	defer luks2.Wipe(secret)
-	slot, err = strconv.Atoi(token.Keyslots[0]) // ParseToken has seen to one
+	m.opened = &tokens[i]
+	m.remember(tpm)
+	slot, err = strconv.Atoi(tokens[i].Keyslots[0]) // ParseToken has seen to one
 	return seal.Passphrase(secret), slot, err
+}
+
+// openedHash is the policy hash of the state that opened; zero when none did.
+func (m *Machine) openedHash() (d pcr.Digest) {
+	if m.opened != nil {
+		d = m.opened.PolicyHash
+	}
+	return d
+}
+
+// remember keeps the registers as they are at the moment of unsealing: PCR 11 is
+// another one when the initrd has been left.
+func (m *Machine) remember(tpm seal.TPM) {
+	now, err := seal.ReadPCRs(tpm, boundPCRs)
+	if err != nil {
+		m.Log.Warn("registers not read", "error", err)
+		return
+	}
+	m.now = now
 }
 
 func (m *Machine) signatures() (seal.Signatures, error) {
@@ -280,16 +310,6 @@ func (m *Machine) signatures() (seal.Signatures, error) {
 		return nil, fmt.Errorf("read the vendor's PCR signatures: %w", err)
 	}
 	return seal.ParseSignatures(b)
-}
-
-// tokenOf finds the systemd-tpm2 token.
-func tokenOf(h *luks2.Header) (seal.Token, error) {
-	for _, raw := range h.Tokens() {
-		if tokenType(raw) == seal.TokenType {
-			return seal.ParseToken(raw)
-		}
-	}
-	return seal.Token{}, errors.New("no TPM keyslot")
 }
 
 // recordType is the token type of [seal.Record].
@@ -371,28 +391,27 @@ func (m *Machine) mount(v *volume) (err error) {
 	return nil
 }
 
-// describe fills in the status; it reads the token, so that what it shows is
+// describe fills in the status; it reads the tokens, so that what it shows is
 // what is in force and not what was meant.
 func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 	for _, v := range vols {
 		s.Volumes = append(s.Volumes, VolumeStatus{Name: v.Name, Mount: v.Volume.Mount, Device: v.device, UUID: v.header.UUID(), Method: v.method})
 	}
+	var err error
+	if s.SecureBoot, err = m.SecureBoot(); err != nil {
+		m.Log.Warn("Secure Boot state unknown, taken as off", "error", err)
+	}
 	s.Policy = b.Appliance.Seal.Policy
-	token, err := tokenOf(vols[0].header)
-	if err != nil {
-		s.Problems = append(s.Problems, err.Error())
-		return
+	s.PCRs = pcrTexts(m.now)
+	var tokens []seal.Token
+	for _, t := range tpmTokens(vols[0].header) {
+		tokens = append(tokens, t.Token)
 	}
-	policy := token.Policy(b.Appliance.Seal.Policy)
+	known := []map[int]pcr.Digest{m.now}
 	if record := recordOf(vols[0].header); record != nil {
-		for n := range policy.PCRs { // the token has only their hash
-			policy.PCRs[n] = record.PCRs[n]
-		}
+		known = append(known, record.PCRs)
 	}
-	s.Rules, s.SealedPCRs = policy.Describe(), token.PCRs
-	if slices.Contains(token.PCRs, 4) {
-		s.Degraded = append(s.Degraded, degradedWithoutSecureBoot)
-	}
+	s.setStates(tokens, m.opened, known)
 	if vols[0].method == "recovery" {
 		s.Problems = append(s.Problems, "opened with the recovery key, because the TPM refused")
 		s.Problems = append(s.Problems, m.changes...)
@@ -411,18 +430,20 @@ const (
 	phaseLeaveInitrd = "leave-initrd"
 )
 
-// seenIdentity measures which volumes this boot opened. The measurement is a
-// MAC under the volume key, so it cannot be made without the key.
+// seenIdentity measures which volumes this boot opened, all at once: a MAC for each,
+// under the volume key, so it cannot be made without the keys.
 func (m *Machine) seenIdentity(vols []*volume) error {
 	if m.tpm == nil {
 		return nil // no TPM: nobody can be told
 	}
+	var macs []byte
 	for _, v := range vols {
 		mac := hmac.New(sha256.New, v.key)
 		fmt.Fprintf(mac, "holdfast:%s:%s", v.Name, v.header.UUID())
-		if err := seal.ExtendPCR(m.tpm, identityPCR, mac.Sum(nil)); err != nil {
-			m.Log.Warn("volume identity not measured", "volume", v.Name, "error", err)
-		}
+		macs = mac.Sum(macs)
+	}
+	if err := seal.ExtendPCR(m.tpm, identityPCR, macs); err != nil {
+		m.Log.Warn("identity of the volumes not measured", "error", err)
 	}
 	return nil
 }
@@ -468,11 +489,15 @@ func (m *Machine) Leave(s *Status) error {
 func (m *Machine) explain(h *luks2.Header, tpm seal.TPM) []string {
 	record := recordOf(h)
 	if record == nil {
-		return nil
+		record = &seal.Record{}
 	}
 	now, err := seal.ReadPCRs(tpm, recordedPCRs)
+	m.now = now
 	if err != nil {
 		return []string{fmt.Sprintf("PCRs cannot be read: %v", err)}
+	}
+	if len(record.PCRs) == 0 {
+		return nil
 	}
 	var log pcr.Log
 	if raw, err := m.EventLog(); err == nil {

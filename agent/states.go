@@ -1,0 +1,236 @@
+package agent
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// Names of states; see [SealState.For].
+const (
+	suspendedName = "suspended"
+	// pendingMark follows a slot's name while the values are those of a change of the
+	// firmware's variables that has yet to happen.
+	pendingMark = ", pending"
+)
+
+// slotName is the state in which a slot boots its release.
+func slotName(slot partition.Slot, version string) string {
+	return fmt.Sprintf("slot %s %s", slot, version)
+}
+
+// bond is what rollback-proof binds besides registers: the security epoch that the box
+// has come to, and the bound on the TPM's counter.
+type bond struct {
+	epoch   uint64
+	counter seal.Counter
+}
+
+// newBond begins with the release's epoch and the counter as it is.
+func newBond(tpm seal.TPM, epoch int64) (bond, error) {
+	if epoch < 1 {
+		return bond{}, fmt.Errorf("policy %s: the release's security epoch is %d, and epochs begin with 1", seal.PolicyRollbackProof, epoch)
+	}
+	counter, err := seal.EnsureCounter(tpm, seal.CounterIndex)
+	return bond{uint64(epoch), counter}, err
+}
+
+// policyOf is the policy that the spec names, over these values; more may be given
+// than it binds.
+func policyOf(s image.SealPolicy, secureBoot bool, b bond, values map[int]pcr.Digest) (p seal.Policy, err error) {
+	bound, err := seal.Literal(s.Policy, secureBoot)
+	if err != nil {
+		return p, err
+	}
+	literal := map[int]pcr.Digest{}
+	for _, i := range bound {
+		v, ok := values[i]
+		if !ok {
+			return p, fmt.Errorf("policy %s: the value of PCR %s is not known", s.Policy, pcr.Label(i))
+		}
+		literal[i] = v
+	}
+	key := []byte(s.PolicyKeyPEM)
+	switch s.Policy {
+	case seal.PolicyStrict:
+		p = seal.Strict(literal)
+	case seal.PolicyRollbackProof:
+		p = seal.RollbackProof(key, b.epoch, b.counter, literal)
+	case seal.PolicyDiskTheftOnly:
+		p = seal.DiskTheftOnly(key)
+	default:
+		p = seal.Standard(key, literal)
+	}
+	p.PIN = s.PIN
+	return p, nil
+}
+
+// relaxed is the policy while protection is suspended: what the vendor signed, in any
+// state of the firmware. An epoch and a PIN stay.
+func relaxed(s image.SealPolicy, b bond) seal.Policy {
+	p := seal.DiskTheftOnly([]byte(s.PolicyKeyPEM))
+	if s.Policy == seal.PolicyRollbackProof {
+		p = seal.RollbackProof([]byte(s.PolicyKeyPEM), b.epoch, b.counter, nil)
+	}
+	p.PIN = s.PIN
+	return p
+}
+
+// ofRelease says whether the policy binds registers that another release changes:
+// then each slot needs a state of its own.
+func ofRelease(s image.SealPolicy, secureBoot bool) bool {
+	bound, _ := seal.Literal(s.Policy, secureBoot)
+	return slices.Contains(bound, 4) || slices.Contains(bound, 11)
+}
+
+// releaseOf is what a release's reference values say that starts.
+func releaseOf(e image.Expected) (r pcr.Release, err error) {
+	for _, f := range []struct {
+		name, text string
+		into       *pcr.Digest
+	}{
+		{"loader_authenticode", e.LoaderAuthenticode, &r.Loader.Authenticode},
+		{"uki_authenticode", e.UKIAuthenticode, &r.UKI.Authenticode},
+		{"linux_authenticode", e.LinuxAuthenticode, &r.Linux},
+		{"pcr11", e.PCR11[""], &r.PCR11},
+	} {
+		if f.text == "" {
+			continue
+		}
+		if *f.into, err = parseDigest(f.text); err != nil {
+			return r, fmt.Errorf("the release's reference values: %s: %w", f.name, err)
+		}
+	}
+	return r, nil
+}
+
+// runningOf is what started in the present boot, as its log has it. A release has no
+// reference values of its own inside: they depend on all of it.
+func runningOf(log pcr.Log, secureBoot bool) (r pcr.Release, err error) {
+	var apps []pcr.Digest
+	for _, e := range log.Of(4) {
+		if d, ok := e.SHA256(); ok && e.Type == pcr.EventBootServicesApp {
+			apps = append(apps, d)
+		}
+	}
+	// The loader, the kernel image and, unless Secure Boot keeps the stub from starting
+	// it by the firmware, the kernel inside: the last ones. Programs may come before.
+	last := 3
+	if secureBoot {
+		last = 2
+	}
+	if len(apps) < last {
+		return r, fmt.Errorf("the firmware's event log shows %d programs that were started, and %d are expected", len(apps), last)
+	}
+	apps = apps[len(apps)-last:]
+	r.Loader.Authenticode, r.UKI.Authenticode = apps[0], apps[1]
+	if !secureBoot {
+		r.Linux = apps[2]
+	}
+	r.PCR11 = log.Replay()[phasePCR] // by the stub, and by nobody else before the initrd
+	return r, nil
+}
+
+func parseDigest(text string) (d pcr.Digest, err error) {
+	b, err := hex.DecodeString(text)
+	if err == nil && len(b) != len(d) {
+		err = errors.New("it has another length")
+	}
+	if err != nil {
+		return d, fmt.Errorf("%q is not a SHA-256 digest in hex: %w", text, err)
+	}
+	return pcr.Digest(b), nil
+}
+
+// StateStatus is one state in which the TPM opens the data volumes.
+type StateStatus struct {
+	For        string `json:"for"`
+	PolicyHash string `json:"policy_hash"`
+	// Opened says that the volumes were opened by this one in this boot.
+	Opened bool     `json:"opened,omitempty"`
+	Rules  []string `json:"rules"` // the whole policy, a line a rule (F5)
+}
+
+// setStates describes what is in force. known are register values from different
+// moments: tokens have only their hash, so those are shown that lead to it.
+func (s *Status) setStates(tokens []seal.Token, opened *seal.Token, known []map[int]pcr.Digest) {
+	s.States, s.Rules, s.SealedPCRs = nil, nil, nil
+	weak := map[string]bool{}
+	for _, t := range tokens {
+		policy := explained(t, s.Policy, known)
+		if slices.Contains(splitNames(t.For), suspendedName) {
+			policy.Name = suspendedName
+		}
+		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: rules(policy)}
+		state.Opened = opened != nil && sameBlob(*opened, t)
+		s.States = append(s.States, state)
+		if s.Rules == nil || state.Opened {
+			s.Rules, s.SealedPCRs = state.Rules, t.PCRs
+		}
+		if d := policy.Degraded(); d != "" {
+			weak[fmt.Sprintf("state %q: %s", t.For, d)] = true
+		} else if !s.SecureBoot && s.Policy != seal.PolicyStrict {
+			weak[degradedWithoutSecureBoot] = true
+		}
+	}
+	s.Degraded = slices.Sorted(maps.Keys(weak))
+	if len(tokens) == 0 {
+		s.Problems = append(s.Problems, "no TPM keyslot: only the recovery key opens the data volumes")
+	}
+}
+
+// explained is the token's policy with those of the known values that lead to its hash.
+func explained(t seal.Token, name string, known []map[int]pcr.Digest) seal.Policy {
+	for _, values := range known {
+		p := t.Policy(name)
+		complete := true
+		for i := range p.PCRs {
+			v, ok := values[i]
+			p.PCRs[i], complete = v, complete && ok
+		}
+		if digest, err := p.Digest(); complete && err == nil && digest == t.PolicyHash {
+			return p
+		}
+	}
+	return t.Policy(name)
+}
+
+// rules describes a policy; a zero value is one that is not known here.
+func rules(p seal.Policy) []string {
+	lines := p.Describe()
+	for i, l := range lines {
+		lines[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
+	}
+	return lines
+}
+
+// pcrTexts is for status; nil stays nil.
+func pcrTexts(values map[int]pcr.Digest) map[int]string {
+	if values == nil {
+		return nil
+	}
+	out := map[int]string{}
+	for i, v := range values {
+		out[i] = hex.EncodeToString(v[:])
+	}
+	return out
+}
+
+// pcrValues reads them back; what cannot be read is left out.
+func pcrValues(texts map[int]string) map[int]pcr.Digest {
+	out := map[int]pcr.Digest{}
+	for i, text := range texts {
+		if d, err := parseDigest(text); err == nil {
+			out[i] = d
+		}
+	}
+	return out
+}
