@@ -34,6 +34,8 @@ type Manifest struct {
 	Modules []string `json:"modules,omitempty"`
 
 	Expected Expected `json:"expected"`
+	// SecureBoot are the changes of db and dbx that a box makes once it keeps the release.
+	SecureBoot []VariableUpdate `json:"secureboot,omitempty"`
 	// Images are what the release was composed of.
 	Images []Source `json:"images"`
 	Disk   Geometry `json:"disk"`
@@ -64,6 +66,14 @@ type Expected struct {
 	LoaderAuthenticode string `json:"loader_authenticode"`
 	UKIAuthenticode    string `json:"uki_authenticode"`
 	LinuxAuthenticode  string `json:"linux_authenticode,omitempty"`
+	// DBCertificateSHA256 is the digest of the DER certificate in db that verifies
+	// loader and UKI. With Secure Boot on, the firmware extends its entry in db into
+	// PCR 7 (EV_EFI_VARIABLE_AUTHORITY); the entry has an owner too, which is whoever
+	// enrolled the certificate in the box.
+	DBCertificateSHA256 string `json:"db_certificate_sha256,omitempty"`
+	// PCR12 is what command lines, credentials and add-ons from outside the UKI give:
+	// none.
+	PCR12 string `json:"pcr12,omitempty"`
 	// PolicyKeySHA256 is the fingerprint of the key that signs PCR 11 policies
 	// (over its PKCS #1 DER, as in .pcrsig).
 	PolicyKeySHA256 string `json:"policy_key_sha256"`

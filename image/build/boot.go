@@ -147,6 +147,7 @@ func (b *builder) expectPCR11(stub pcr.Digest) error {
 		expected[strings.Join(phases[:i+1], ":")] = hex.EncodeToString(value[:])
 	}
 	b.manifest.Expected.PCR11 = expected
+	b.manifest.Expected.PCR12 = hex.EncodeToString(make([]byte, sha256.Size))
 	public, err := policyKey(b.in.Keys.PolicyPublicPEM)
 	if err != nil {
 		return err
@@ -182,6 +183,8 @@ func (b *builder) writeLoader() error {
 	if b.manifest.Loader, err = b.create(image.LoaderName, signed.Size(), copyBlob(signed)); err != nil {
 		return err
 	}
+	certificate := sha256.Sum256(b.in.Keys.DB.Cert.Raw)
+	b.manifest.Expected.DBCertificateSHA256 = hex.EncodeToString(certificate[:])
 	b.manifest.Expected.LoaderAuthenticode, err = authenticode(signed)
 	return err
 }

@@ -27,6 +27,10 @@ type Release struct {
 	Linux Digest
 	// PCR11 is the register after the stub, before the first boot phase.
 	PCR11 Digest
+	// PCR12 is what command lines, credentials and add-ons from outside the UKI give:
+	// zero, as long as there are none. Where there are and shall be, put the present
+	// value here, in both releases.
+	PCR12 Digest
 }
 
 // Change is what the next boot will find that the present one did not.
@@ -107,7 +111,9 @@ func phases() []string {
 // started before the boot loader (F11), actions, drivers, separators of any form. One
 // register without a value does not spoil the others.
 //
-// PCR 11 needs no log; there the present value must be one that Running gives.
+// PCR 11 needs no log; there the present value must be one that Running gives. So must
+// that of PCR 12: otherwise what somebody typed into the boot menu today would be
+// expected tomorrow.
 //
 // It cannot know what nobody told it: a firmware update, another boot order, new
 // hardware, Secure Boot switched on or off.
@@ -143,15 +149,22 @@ func (w *prediction) register(index int) (Digest, error) {
 	if err := w.explains(index, now); err != nil {
 		return Digest{}, err
 	}
-	edits := map[int]func([]Event) ([]Event, error){4: w.programs, 7: w.secureBoot}
-	if edit, ok := edits[index]; ok {
-		events, err := edit(slices.Clone(w.log.Of(index)))
-		if err != nil {
-			return Digest{}, err
-		}
-		return fold(events), nil
+	var err error
+	events := w.log.Of(index)
+	switch index {
+	case 4:
+		events, err = w.programs(events)
+	case 7:
+		events, err = w.secureBoot(events)
+	case 12:
+		return w.pcr12(now)
+	default:
+		return now, nil
 	}
-	return now, nil
+	if err != nil {
+		return Digest{}, err
+	}
+	return fold(events), nil
 }
 
 // explains returns nil when the log leads to the register's present value.
@@ -202,6 +215,13 @@ func (w *prediction) pcr11(now Digest) (Digest, error) {
 		return Digest{}, fmt.Errorf("PCR 11 holds %x…, which the running release gives in no boot phase", now[:4])
 	}
 	return Extend(w.change.Next.PCR11, []byte(phases()[0])), nil
+}
+
+func (w *prediction) pcr12(now Digest) (Digest, error) {
+	if now != w.change.Running.PCR12 {
+		return Digest{}, fmt.Errorf("PCR 12 holds %x… and not what the running release gives: a command line, credentials or add-ons came from outside the kernel image", now[:4])
+	}
+	return w.change.Next.PCR12, nil
 }
 
 // fold extends the events' digests one after the other. All have one: the log they

@@ -1,0 +1,121 @@
+package build_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/image/build"
+	"github.com/holdfast-os/holdfast/image/uki"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// TestExpected: what the manifest promises of a boot is what the released files
+// give. That the firmware measures just that is hwtest's TestPrediction.
+func TestExpected(t *testing.T) {
+	w := newWorkshop(t, newKeys(t), newCache(t))
+	out := filepath.Join(w.dir, "out")
+	if _, err := build.Build(context.Background(), parse(t, boxSpec), w.in, out); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(out, build.ReleaseName, image.ManifestName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m image.Manifest
+	if err := json.Unmarshal(text, &m); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{image.LoaderName: m.Expected.LoaderAuthenticode, image.UKIName: m.Expected.UKIAuthenticode} {
+		path := filepath.Join(out, build.ReleaseName, name)
+		program := open(t, path)
+		checkSignature(t, w, path, m.Expected.DBCertificateSHA256)
+		signatures, err := program.Signatures()
+		if err != nil || len(signatures) == 0 {
+			t.Fatalf("%s: %d signatures, %v", name, len(signatures), err)
+		}
+		if got := hex.EncodeToString(signatures[0].Digest[:]); got != want {
+			t.Errorf("%s: what was signed has the digest %s, the manifest says %s", name, got, want)
+		}
+	}
+	loaded := open(t, filepath.Join(out, build.ReleaseName, image.UKIName))
+	linux, ok := loaded.Section(".linux")
+	if !ok {
+		t.Fatal("the UKI has no kernel")
+	}
+	kernel, err := loaded.Open(linux.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner, err := uki.Parse(kernel, kernel.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := inner.Authenticode()
+	if got := hex.EncodeToString(digest[:]); err != nil || got != m.Expected.LinuxAuthenticode {
+		t.Errorf("the kernel inside the UKI has the digest %s (%v), the manifest says %s", got, err, m.Expected.LinuxAuthenticode)
+	}
+	measured, err := loaded.Measured()
+	if err != nil {
+		t.Fatal(err)
+	}
+	value := pcr.UKI(measured)
+	for _, phase := range []struct{ before, name string }{{"", ""}, {"enter-initrd", "enter-initrd"}, {"leave-initrd", "enter-initrd:leave-initrd"}} {
+		if phase.before != "" {
+			value = pcr.Extend(value, []byte(phase.before))
+		}
+		if got := hex.EncodeToString(value[:]); got != m.Expected.PCR11[phase.name] {
+			t.Errorf("PCR 11 in phase %q: %s, the manifest says %s", phase.name, got, m.Expected.PCR11[phase.name])
+		}
+	}
+	if want := hex.EncodeToString(make([]byte, 32)); m.Expected.PCR12 != want {
+		t.Errorf("PCR 12 is expected as %q, want %s", m.Expected.PCR12, want)
+	}
+}
+
+func open(t *testing.T, path string) *uki.File {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program, err := uki.Parse(f, info.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return program
+}
+
+// checkSignature: the certificate that the manifest names verifies the program.
+func checkSignature(t *testing.T, w *workshop, path, want string) {
+	t.Helper()
+	certificate := filepath.Join(t.TempDir(), "db.pem")
+	named := 0
+	for _, cert := range []*x509.Certificate{w.in.Keys.PK.Cert, w.in.Keys.KEK.Cert, w.in.Keys.DB.Cert} {
+		if sum := sha256.Sum256(cert.Raw); hex.EncodeToString(sum[:]) == want {
+			named++
+			if err := os.WriteFile(certificate, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if named != 1 {
+		t.Fatalf("the manifest's certificate %q is that of %d of the vendor's keys", want, named)
+	}
+	if msg, err := exec.Command("sbverify", "--cert", certificate, path).CombinedOutput(); err != nil {
+		t.Errorf("sbverify (Debian package sbsigntool): %v: %s", err, msg)
+	}
+}
