@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -251,21 +252,23 @@ func TestSystemd257UnlocksOurs(t *testing.T) {
 			tpm := sealtest.StartWith(t, sealtest.Options{Dir: s.dir})
 			boot(tpm)
 			token, secret := sealed(t, tpm, p, pinFor(p))
-			s.volume(t)
-			s.write(t, "secret", Passphrase(secret))
-			s.must(t, nil, cryptsetup(s), "luksAddKey", "-q", "--key-file", s.inside("password"), "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", s.inside("disk"), s.inside("secret"))
-			token.Keyslots = []string{"1"}
-			b, err := token.Marshal()
+			// What systemd does not know must not disturb it: a name, tickets, and the
+			// signatures for security epochs.
+			sigs := slices.Concat(signed(t, vendorKey(), "image 0"), release(t, "image 1", 2))
+			token.For = `slot a "1.0.0" <Π>`
+			if err := AddTickets(tpm, &token, sigs); err != nil || len(token.Tickets) != 2*min(1, len(token.SignedPCRs)) {
+				t.Fatalf("%d tickets, %v", len(token.Tickets), err)
+			}
+			b, err := withSlot1(token).Marshal()
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.write(t, "token.json", b)
-			s.must(t, nil, cryptsetup(s), "token", "import", "--json-file", s.inside("token.json"), s.inside("disk"))
+			s.sealedVolume(t, b, secret)
 			if dump := s.must(t, nil, cryptsetup(s), "luksDump", s.inside("disk")); !strings.Contains(dump, "systemd-tpm2") || !strings.Contains(dump, "tpm2-hash-pcrs") {
 				t.Errorf("cryptsetup's token plugin does not describe the token:\n%s", dump)
 			}
-			s.signatures(t, signed(t, vendorKey(), "image 0", "image 1"))
-			unlock := []string{"--unlock-tpm2-device=swtpm:path=" + s.inside("sock"), "--recovery-key", s.inside("disk")}
+			s.signatures(t, sigs)
+			unlock := s.unlock()
 			key := s.must(t, []string{"PIN=" + pinFor(p)}, cryptenroll(s), unlock...)
 			if !regexp.MustCompile(`^[cbdefghijklnrtuv]{8}(-[cbdefghijklnrtuv]{8}){7}\s*$`).MatchString(key) {
 				t.Errorf("recovery key %q", key)
@@ -278,6 +281,118 @@ func TestSystemd257UnlocksOurs(t *testing.T) {
 				t.Error("systemd opens the volume in another state too")
 			}
 		})
+	}
+}
+
+func withSlot1(token Token) Token {
+	token.Keyslots = []string{"1"}
+	return token
+}
+
+// sealedVolume makes a volume with that token for keyslot 1, which the secret opens.
+func (s system) sealedVolume(t *testing.T, token, secret []byte) {
+	t.Helper()
+	s.volume(t)
+	s.write(t, "secret", Passphrase(secret))
+	s.must(t, nil, cryptsetup(s), "luksAddKey", "-q", "--key-file", s.inside("password"), "--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", s.inside("disk"), s.inside("secret"))
+	s.write(t, "token.json", token)
+	s.must(t, nil, cryptsetup(s), "token", "import", "--json-file", s.inside("token.json"), s.inside("disk"))
+}
+
+// unlock has systemd-cryptenroll open the volume with the TPM, in order to add a key.
+func (s system) unlock() []string {
+	return []string{"--unlock-tpm2-device=swtpm:path=" + s.inside("sock"), "--recovery-key", s.inside("disk")}
+}
+
+// What systemd cannot satisfy it does not open, and does not mistake for what it
+// can: tokens with a reference or a counter, whether under their own type or, by
+// somebody's hand, under systemd's; and an image that is signed for epochs only.
+func TestSystemd257RefusesWhatItDoesNotKnow(t *testing.T) {
+	own, theirs := []byte(`"`+OwnTokenType+`"`), []byte(`"`+TokenType+`"`)
+	for _, tt := range []struct {
+		name   string
+		policy func(c Counter) Policy
+		typed  []byte
+		sigs   func(s Signatures) Signatures
+	}{
+		{"rollback-proof", func(c Counter) Policy { return rollbackProof(t, 2, c) }, own, nil},
+		{"rollback-proof under systemd's type", func(c Counter) Policy { return rollbackProof(t, 2, c) }, theirs, nil},
+		{"reference alone, under systemd's type", func(c Counter) Policy { p := standard(t); p.Ref = EpochRef(1); return p }, theirs, nil},
+		{"counter alone, under systemd's type", func(c Counter) Policy { p := standard(t); p.Counter = &c; return p }, theirs, nil},
+		{"standard, signed for epochs only", func(Counter) Policy { return standard(t) }, theirs, func(s Signatures) Signatures { return s[1:] }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := trixie(t)
+			tpm := sealtest.StartWith(t, sealtest.Options{Dir: s.dir})
+			boot(tpm)
+			token, secret := sealed(t, tpm, tt.policy(counter(t, tpm)), "")
+			sigs := release(t, "image 1", 2)
+			mustOpen(t, tpm, token, sigs, "", secret) // it is a good one
+			b, err := withSlot1(token).Marshal()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.sigs != nil {
+				sigs = tt.sigs(sigs)
+			}
+			s.sealedVolume(t, bytes.Replace(b, []byte(`"type":"`+token.Type()+`"`), append([]byte(`"type":`), tt.typed...), 1), secret)
+			s.signatures(t, sigs)
+			if dump := s.must(t, nil, cryptsetup(s), "luksDump", s.inside("disk")); !strings.Contains(dump, strings.Trim(string(tt.typed), `"`)) {
+				t.Errorf("cryptsetup does not list the token:\n%s", dump)
+			}
+			if _, ok := s.try(t, 3*time.Second, nil, cryptenroll(s), s.unlock()...); ok {
+				t.Error("systemd opens the volume")
+			}
+			tpm.Reboot() // systemd without a resource manager leaves sessions behind
+			boot(tpm)
+			if tt.sigs == nil {
+				mustOpen(t, tpm, token, sigs, "", secret)
+			}
+		})
+	}
+}
+
+// A header with a token for each state: systemd tries them until one fits, passing
+// over ours, as UnsealAny does.
+func TestSystemd257FindsTheStateThatFits(t *testing.T) {
+	s := trixie(t)
+	tpm := sealtest.StartWith(t, sealtest.Options{Dir: s.dir})
+	boot(tpm)
+	pending, secret := sealed(t, tpm, Standard(keyPEM(t, vendorKey()), map[int]pcr.Digest{7: pcr.Extend(bootedPCR(7), []byte("dbx"))}), "")
+	epoch, _ := sealed(t, tpm, rollbackProof(t, 1, counter(t, tpm)), "")
+	srk, err := EnsureSRK(tpm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	present, err := Seal(tpm, srk, secret, standard(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tokens [][]byte
+	for _, token := range []Token{pending, epoch, present} {
+		b, err := withSlot1(token).Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		tokens = append(tokens, b)
+	}
+	sigs := release(t, "image 1", 1)
+	s.sealedVolume(t, tokens[0], secret)
+	for _, b := range tokens[1:] {
+		s.write(t, "token.json", b)
+		s.must(t, nil, cryptsetup(s), "token", "import", "--json-file", s.inside("token.json"), s.inside("disk"))
+	}
+	s.signatures(t, sigs)
+	s.must(t, nil, cryptenroll(s), s.unlock()...)
+	tpm.Reboot()
+	boot(tpm)
+	tpm.Extend(7, "dbx")
+	s.must(t, nil, cryptenroll(s), s.unlock()...)
+	tpm.Reboot()
+	boot(tpm)
+	tpm.Extend(7, "dbx")
+	if got, i, err := UnsealAny(tpm, []Token{pending, epoch, present}, sigs, nil); err != nil || i != 0 || !bytes.Equal(got, secret) {
+		t.Errorf("we open token %d, %v", i, err)
 	}
 }
 

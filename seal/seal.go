@@ -4,9 +4,10 @@
 // Parties. The vendor holds an RSA key and signs, at build time, the values PCR
 // 11 will have when an image of his reaches the initrd ([SignPCRPolicy]). The
 // device makes a random secret, seals it under its TPM's storage root key with
-// a [Policy] ([EnsureSRK], [Seal]) and keeps the result as a LUKS2 token. Each
-// later boot calls [Unseal] with that token and the signatures its image
-// carried. The secret, as text ([Passphrase]), opens a LUKS2 keyslot.
+// a [Policy] ([EnsureSRK], [Seal]) and keeps the result as a LUKS2 token, one
+// for each state of the box that may open the disk. Each later boot calls
+// [UnsealAny] with those tokens and the signatures its image carried. The
+// secret, as text ([Passphrase]), opens a LUKS2 keyslot.
 //
 // Call first: [OpenDevice], then [Check] and [Fitness.Problems]; a TPM whose
 // registers nobody extends "seals" to nothing. Every function takes the TPM as
@@ -14,14 +15,30 @@
 // no time limit: a TPM may think for a minute and must not be interrupted
 // (F38). A TPM is used by one caller at a time.
 //
+// Policies. [Standard] takes every image the vendor signed, on this machine
+// with these Secure Boot keys; [Strict] takes one image; [DiskTheftOnly] ignores
+// what the firmware measured; each may want a PIN. [RollbackProof] is Standard
+// and knows security epochs. The vendor signs the registers of a release of
+// epoch N for each of the epochs 1 to N ([SignEpochs]). The device seals for
+// one epoch, and for "my TPM's counter is at most C" ([EnsureCounter]). When a
+// release of a higher epoch is there to stay, the device seals for its epoch
+// and C+1, then increments the counter ([IncrementCounter]), then drops the old
+// tokens; a power cut anywhere in between leaves a token that opens. From then
+// on an old release lacks the signature, and an old header, put back, lacks the
+// counter. The vendor allows a downgrade by signing the old release's registers
+// for the new epoch ([SignPCRPolicyRef]).
+//
 // The token is, field for field, that of systemd-cryptenroll ("systemd-tpm2"),
-// so a rescue system with systemd 255 or later opens the disk too.
+// so a rescue system with systemd 255 or later opens the disk too; fields of
+// ours ("holdfast_…") are passed over by it. Where systemd could not satisfy
+// the policy the token's type is "holdfast-tpm2", which systemd does not touch.
+// Under the other type, systemd 257 tries, and the TPM refuses it.
 //
 // Subset: SHA-256 bank; RSA-2048 policy keys with RSASSA-PKCS1-v1_5; ECC P-256
-// storage key; policies made of PolicyAuthorize over signed PCRs, PolicyPCR
-// over literal values, and PolicyAuthValue for a PIN, in that order. pcrlock
-// (PolicyAuthorizeNV), sharded tokens and RSA storage keys that are not
-// persistent are recognised and refused.
+// storage key; policies made of PolicyAuthorize over signed PCRs, PolicyNV over
+// a counter, PolicyPCR over literal values, and PolicyAuthValue for a PIN, in
+// that order. pcrlock (PolicyAuthorizeNV), sharded tokens and RSA storage keys
+// that are not persistent are recognised and refused.
 //
 // Protected: the secret against someone who has the disk, or the whole device
 // switched off, and who boots anything but an approved image in the approved
@@ -30,12 +47,15 @@
 // dictionary-attack counter by power cuts (noDA, F31).
 //
 // NOT protected: the secret after [Unseal] returned it, in the memory of a
-// machine that runs; against an old image that the vendor once signed; against
-// someone who can make the CPU run unmeasured code or can reset the TPM alone;
-// against someone who both writes to the disk and sits on the TPM's bus when
-// the key is first sealed. With Secure Boot off, PCR 11 proves nothing by
-// itself: any system can extend it with the public hashes of a signed image
-// (see [Policy.Degraded]). An error means "ask for the recovery key", never
+// machine that runs; against an old image that the vendor once signed, unless
+// the policy is RollbackProof and the epoch has moved on since; against a header
+// kept from before the policy became RollbackProof, which no counter ends;
+// against somebody who increments the counter, which costs a recovery and gives
+// nothing; against someone who can make the CPU run unmeasured code or can reset
+// the TPM alone; against someone who both writes to the disk and sits on the
+// TPM's bus when the key is sealed (he can lie about the counter as well). With
+// Secure Boot off, PCR 11 proves nothing by itself: any system can extend it
+// with the public hashes of a signed image (see [Policy.Degraded]). An error means "ask for the recovery key", never
 // "give a shell". Wiping is done where this package owns the memory; copies
 // inside the TPM library and the kernel cannot be reached.
 package seal

@@ -46,7 +46,12 @@ func TestTokenRoundTrip(t *testing.T) {
 	old.SRK = nil
 	literal := full
 	literal.SignedPCRs, literal.PolicyKeyPEM = nil, nil
-	for _, token := range []Token{full, pin, old, literal} {
+	own := full
+	own.For, own.Ref, own.Counter = "slot b 1.1.0, dbx pending", EpochRef(3), &Counter{CounterIndex, 1<<64 - 1}
+	own.Tickets = []Ticket{{Policy: bootedPCR(1), MAC: []byte("mac")}, {Policy: bootedPCR(2), MAC: bytes.Repeat([]byte{1}, maxTicketBytes)}}
+	counted := literal
+	counted.Counter = &Counter{Index: firstOwnerIndex}
+	for _, token := range []Token{full, pin, old, literal, own, counted} {
 		b, err := token.Marshal()
 		if err != nil {
 			t.Fatal(err)
@@ -86,6 +91,21 @@ func TestParseTokenRefuses(t *testing.T) {
 		"blob cut":                   set("tpm2-blob", "AAAA"),
 		"SRK cut":                    set("tpm2_srk", []byte{0x81, 0, 0, 1}),
 		"SRK name of another":        set("tpm2_srk", badSRK(token)),
+		"For too long":               set("holdfast_for", strings.Repeat("x", 201)),
+		"For with a control byte":    set("holdfast_for", "slot a\x1b[2J"),
+		"For with a newline":         set("holdfast_for", "slot a\n"),
+		"reference, systemd's type":  set("holdfast_ref", "holdfast-epoch-1"),
+		"counter, systemd's type":    set("holdfast_nv", map[string]string{"index": "0x01af0001", "max": "1"}),
+		"own type, systemd's policy": set("type", OwnTokenType),
+		"nine tickets":               set("holdfast_tickets", slices.Repeat([]any{map[string]string{"pol": strings.Repeat("0", 64), "mac": "AA=="}}, 9)),
+		"ticket with a short policy": set("holdfast_tickets", []any{map[string]string{"pol": "00", "mac": "AA=="}}),
+		"ticket without a MAC":       set("holdfast_tickets", []any{map[string]string{"pol": strings.Repeat("0", 64)}}),
+		"ticket too long":            set("holdfast_tickets", []any{map[string]any{"pol": strings.Repeat("0", 64), "mac": make([]byte, 65)}}),
+		"tickets, nothing signed": func(m map[string]any) {
+			delete(m, "tpm2_pubkey")
+			delete(m, "tpm2_pubkey_pcrs")
+			m["holdfast_tickets"] = []any{map[string]string{"pol": strings.Repeat("0", 64), "mac": "AA=="}}
+		},
 		"RSA primary without handle": func(m map[string]any) { m["tpm2-primary-alg"] = "rsa"; delete(m, "tpm2_srk") },
 	}
 	for name, change := range tests {
@@ -118,6 +138,50 @@ func TestParseTokenRefuses(t *testing.T) {
 	}
 	if _, err := ParseToken(b); err == nil {
 		t.Error("userWithAuth: accepted (F46)")
+	}
+}
+
+// The fields of tokens that systemd cannot open.
+func TestParseOwnTokenRefuses(t *testing.T) {
+	token := aToken(t)
+	token.Ref, token.Counter = EpochRef(1), &Counter{CounterIndex, 5}
+	good, err := token.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, change := range map[string][2]string{
+		"index without 0x":       {`"0x01af0001"`, `"01af0001"`},
+		"index in other letters": {`"0x01af0001"`, `"0x01AF0001"`},
+		"index of the firmware":  {`"0x01af0001"`, `"0x01c00002"`},
+		"index of 33 bits":       {`"0x01af0001"`, `"0x101af0001"`},
+		"max with a sign":        {`"max":"5"`, `"max":"+5"`},
+		"max with a zero":        {`"max":"5"`, `"max":"05"`},
+		"max of 65 bits":         {`"max":"5"`, `"max":"18446744073709551616"`},
+		"max as a number":        {`"max":"5"`, `"max":5`},
+		"no max":                 {`"max":"5"`, `"mux":"5"`},
+		"reference with a space": {"holdfast-epoch-1", "holdfast epoch 1"},
+		"reference too long":     {"holdfast-epoch-1", strings.Repeat("1", maxRefBytes+1)},
+		"systemd's type":         {OwnTokenType, TokenType},
+	} {
+		bad := strings.Replace(string(good), change[0], change[1], 1)
+		if bad == string(good) {
+			t.Fatalf("%s: %s is not in %s", name, change[0], good)
+		}
+		if _, err := ParseToken([]byte(bad)); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	for name, change := range map[string]func(*Token){
+		"For too long":      func(t *Token) { t.For = strings.Repeat("x", maxForBytes+1) },
+		"For is no UTF-8":   func(t *Token) { t.For = "\xff" },
+		"reference alone":   func(t *Token) { t.SignedPCRs, t.PolicyKeyPEM = nil, nil },
+		"counter elsewhere": func(t *Token) { t.Counter = &Counter{Index: 1} },
+	} {
+		changed := token
+		change(&changed)
+		if b, err := changed.Marshal(); err == nil {
+			t.Errorf("%s: written as %s", name, b)
+		}
 	}
 }
 
@@ -155,6 +219,12 @@ func TestParseTokenTolerates(t *testing.T) {
 func FuzzParseToken(f *testing.F) {
 	b, err := aToken(f).Marshal()
 	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b)
+	own := aToken(f)
+	own.For, own.Ref, own.Counter, own.Tickets = "slot a", EpochRef(1), &Counter{CounterIndex, 1}, []Ticket{{MAC: []byte{1}}}
+	if b, err = own.Marshal(); err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b)
@@ -210,8 +280,34 @@ func TestSignaturesRoundTrip(t *testing.T) {
 	}
 }
 
+// Signatures with a reference come after all plain ones, which systemd looks for.
+func TestSignaturesWithReference(t *testing.T) {
+	s := release(t, "image 1", 2)
+	mixed := Signatures{s[2], s[0], s[1]}
+	b, err := mixed.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ParseSignatures(b)
+	if err != nil || !reflect.DeepEqual(got, Signatures{s[0], s[2], s[1]}) {
+		t.Errorf("%v, %+v", err, got)
+	}
+	if n := strings.Count(string(b), `"ref":`); n != 2 {
+		t.Errorf("%d references in %s", n, b)
+	}
+	if _, err := ParseSignatures(bytes.Replace(b, []byte("holdfast-epoch-2"), []byte("holdfast epoch 2"), 1)); err == nil {
+		t.Error("a reference with spaces is accepted")
+	}
+	if _, err := SignPCRPolicyRef(vendorKey(), image("image 1"), strings.Repeat("x", maxRefBytes+1)); err == nil {
+		t.Error("a long reference is signed")
+	}
+	if _, err := SignEpochs(vendorKey(), image("image 1"), maxSignatures); err == nil {
+		t.Error("more epochs are signed than can be read")
+	}
+}
+
 func FuzzParseSignatures(f *testing.F) {
-	b, err := signed(f, vendorKey(), "image 1").Marshal()
+	b, err := release(f, "image 1", 1).Marshal()
 	if err != nil {
 		f.Fatal(err)
 	}
