@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -211,13 +213,34 @@ func Bless(s *Status) error {
 	// First, while the entry still tells that this boot was a trial. What is wrong with
 	// the account is no reason not to keep a release that is healthy.
 	u, settled := OpenUpdater(slog.Default())
-	if err := disk.disk.Bless(disk.slot); err != nil {
+	if err := disk.bless(filepath.Dir(statePath)); err != nil {
 		return err
 	}
 	if u != nil {
 		u.Commit()
 	}
 	return settled
+}
+
+// bless keeps out of the way of a process that writes the other slot: both write the
+// ESP. One that does began when this slot was good already, and there is nothing to do;
+// one that is about to gives way, because it is not.
+func (s *slots) bless(locks string) error {
+	entries, err := s.disk.Entries()
+	if err != nil {
+		return err
+	}
+	own := slices.DeleteFunc(entries, func(e partition.Entry) bool { return e.Slot != s.slot })
+	if len(own) == 1 && own[0].Good() {
+		return nil
+	}
+	lock, err := lockFile(filepath.Join(locks, diskLock), unix.LOCK_EX)
+	if err != nil {
+		slog.Warn("bless", "error", err) // a release that is healthy is kept all the same
+	} else {
+		defer lock.Close()
+	}
+	return s.disk.Bless(s.slot)
 }
 
 // ErrNotOnTrial says that there is nothing to reject.

@@ -49,16 +49,17 @@ func OpenUpdater(log *slog.Logger) (*Updater, error) {
 	if u == nil || err != nil {
 		return nil, err
 	}
-	u.locks = filepath.Dir(statePath)
-	return u, u.settleAlone()
+	return u, u.share(filepath.Dir(statePath))
 }
 
-// settleAlone settles unless another process is at work: to this one, an
-// installation that goes on looks like one that was cut off.
-func (u *Updater) settleAlone() error {
-	end, err := u.begin()
+// share keeps this process out of the way of others with the same folder for locks,
+// and settles unless one of them is at work: an installation that goes on looks like
+// one that was cut off.
+func (u *Updater) share(locks string) error {
+	u.locks = locks
+	end, err := u.begin(0)
 	if errors.Is(err, ErrUpdating) {
-		u.set(func(r *UpdateStatus) { r.Doing = "what another process is at" })
+		u.set(func(r *UpdateStatus) { r.Doing = err.Error() })
 		return nil
 	}
 	if err != nil {

@@ -29,7 +29,7 @@ var (
 	// ErrNoUpdate says that a check found nothing to install.
 	ErrNoUpdate = errors.New("nothing to install")
 	// ErrUpdating says that an installation or check is going on.
-	ErrUpdating = errors.New("an update is being worked on")
+	ErrUpdating = errors.New("another update is under way")
 )
 
 // Updater installs releases into the slot that does not run, and keeps the
@@ -353,7 +353,7 @@ func (u *Updater) TrialFailed(reason error) {
 // Check asks a source what there is for this box; want, when set, is the one
 // version a person asked for. Nothing for it is ErrNoUpdate, with the reasons.
 func (u *Updater) Check(ctx context.Context, src update.Source, want string) (*update.Candidate, error) {
-	end, err := u.begin()
+	end, err := u.begin(settlingTime)
 	if err != nil {
 		return nil, err
 	}
@@ -361,46 +361,21 @@ func (u *Updater) Check(ctx context.Context, src update.Source, want string) (*u
 	return u.check(ctx, src, want)
 }
 
-// begin makes sure that nobody else checks or installs until end is called.
-func (u *Updater) begin() (end func(), err error) {
+// begin makes sure that nobody else checks or installs until end is called. Another
+// process that is at work gets so much time to end it.
+func (u *Updater) begin(patience time.Duration) (end func(), err error) {
 	if !u.working.TryLock() {
 		return nil, ErrUpdating
 	}
 	if u.locks == "" {
 		return u.working.Unlock, nil
 	}
-	lock, err := lockFile(filepath.Join(u.locks, workLock), unix.LOCK_EX|unix.LOCK_NB)
+	release, err := claimFile(filepath.Join(u.locks, workLock), patience)
 	if err != nil {
 		u.working.Unlock()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = ErrUpdating
-		}
 		return nil, err
 	}
-	return func() { lock.Close(); u.working.Unlock() }, nil
-}
-
-// The locks after a hand-off, where every command is a process of its own.
-const (
-	workLock  = "update-work.lock"
-	stateLock = "update-state.lock"
-)
-
-// lockFile takes a lock that the kernel takes back when this process ends.
-func lockFile(path string, how int) (io.Closer, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	for {
-		if err = unix.Flock(int(f.Fd()), how); !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
-	}
-	return f, nil
+	return func() { release(); u.working.Unlock() }, nil
 }
 
 func (u *Updater) check(ctx context.Context, src update.Source, want string) (_ *update.Candidate, err error) {
@@ -472,7 +447,7 @@ func explain(a *update.Answer, d update.Device) string {
 // has to boot for it to take effect. What waits for its first boot already is left
 // as it is.
 func (u *Updater) Apply(ctx context.Context, src update.Source, name, want string) (version string, err error) {
-	end, err := u.begin()
+	end, err := u.begin(settlingTime)
 	if err != nil {
 		return "", err
 	}
@@ -587,6 +562,13 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	contents, err := c.Contents(ctx, func() (io.ReadCloser, error) { return root.Open(ctx) })
 	if err != nil {
 		return err
+	}
+	if u.locks != "" {
+		lock, err := lockFile(filepath.Join(u.locks, diskLock), unix.LOCK_EX) // a Bless takes a moment
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
 	}
 	other := u.Slot.Other()
 	plan, err := disk.PlanSlot(other, contents, partition.WriteOptions{Tries: updateTries, Running: u.Slot, Time: u.Now(), SkipEqual: true})

@@ -716,7 +716,7 @@ func TestTwoProcesses(t *testing.T) {
 	<-inside
 	pending := &update.Pending{Slot: "b", Version: "1.1.0", RootHash: v.releases["1.1.0"].Verity.RootHash, Sequence: 99, Since: today}
 	a.u.state(func(s *update.State) { s.Pending = pending })
-	if err := second.settleAlone(); err != nil {
+	if err := second.share(a.dir); err != nil {
 		t.Error(err)
 	}
 	if s := second.Status(); s.Pending == nil || s.Doing == "" {
@@ -747,7 +747,7 @@ func TestTwoProcesses(t *testing.T) {
 	if n := len(a.u.Status().Journal); n != 1+2*each {
 		t.Errorf("%d entries, want %d", n, 1+2*each)
 	}
-	if err := second.settleAlone(); err != nil {
+	if err := second.share(a.dir); err != nil {
 		t.Error(err)
 	}
 	if _, err := second.Apply(t.Context(), v.source(), "test", "1.2.0"); err != nil {
