@@ -112,16 +112,17 @@ func TestEpochs(t *testing.T) {
 	wantReason(t, tpm, second, fixed, "has passed")
 }
 
-// Attacks on rollback protection, by name. Each begins with a device that was
-// sealed for epoch 1, has gone on to epoch 2, and whose old header the attacker kept.
-func TestRollbackAttacks(t *testing.T) {
-	tests := []struct {
-		name   string
-		attack func(t *testing.T, tpm *sealtest.TPM, old, present *Token)
-		sigs   func(t *testing.T) Signatures
-		token  string // "old" or "present"
-		want   string
-	}{
+// rollbackAttack changes something; then the old or the present token is tried.
+type rollbackAttack struct {
+	name   string
+	attack func(t *testing.T, tpm *sealtest.TPM, old, present *Token)
+	sigs   func(t *testing.T) Signatures
+	token  string // "old" or "present"
+	want   string
+}
+
+func rollbackAttacks() []rollbackAttack {
+	return []rollbackAttack{
 		{"old header and old release put back", nil, func(t *testing.T) Signatures { return release(t, "image 1", 1) }, "old", "has passed"},
 		{"old header under the new release", nil, func(t *testing.T) Signatures { return release(t, "image 1", 2) }, "old", "has passed"},
 		{"old release under the new header", nil, func(t *testing.T) Signatures { return release(t, "image 1", 1) }, "present", "security epoch is lower"},
@@ -184,7 +185,12 @@ func TestRollbackAttacks(t *testing.T) {
 			return s
 		}, "present", "another key"},
 	}
-	for _, tt := range tests {
+}
+
+// Attacks on rollback protection, by name. Each begins with a device that was
+// sealed for epoch 1, has gone on to epoch 2, and whose old header the attacker kept.
+func TestRollbackAttacks(t *testing.T) {
+	for _, tt := range rollbackAttacks() {
 		t.Run(tt.name, func(t *testing.T) {
 			tpm := sealtest.Start(t)
 			boot(tpm)
