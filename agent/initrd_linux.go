@@ -17,9 +17,12 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
 const (
+	sysPath, devPath = "/sys", "/dev"
+
 	sysroot = "/sysroot"
 	// rootMapping is the dm name of the verified root; volumes have volumeMapping.
 	rootMapping = "holdfast-root"
@@ -40,6 +43,7 @@ type initrd struct {
 	console *os.File
 	log     *slog.Logger
 	boot    image.Boot
+	from    origin
 	root    rootPartition
 	device  partition.Device // the whole disk
 	disk    *partition.Disk
@@ -73,21 +77,32 @@ const armedTries = 5
 
 // rearm gives the slot of a boot that ends here its counter, if it is one that was
 // good: the root was not even found, so [initrd.arm] was not reached. It is a last
-// act; what fails here changes nothing.
+// act; what fails here changes nothing. A disk that this boot was not started from is
+// left alone, and where that is not known, all are if more than one could be meant.
 func (i *initrd) rearm() {
-	disks, err := os.ReadDir("/sys/block")
-	if err != nil {
-		return
+	names, _ := i.from.disks(sysPath, devPath)
+	if len(names) == 0 {
+		disks, err := os.ReadDir(filepath.Join(sysPath, "block"))
+		if err != nil {
+			return
+		}
+		for _, d := range disks {
+			names = append(names, d.Name())
+		}
 	}
-	for _, d := range disks {
-		dev, err := partition.OpenShared("/dev/" + d.Name())
+	var mine []*partition.Disk
+	for _, name := range names {
+		dev, err := partition.OpenShared(filepath.Join(devPath, name))
 		if err != nil {
 			continue
 		}
-		if disk, err := partition.Open(dev); err == nil {
-			i.arm(disk)
+		defer dev.Close()
+		if disk, err := partition.Open(dev); err == nil && i.armable(disk) != "" {
+			mine = append(mine, disk)
 		}
-		dev.Close()
+	}
+	if len(mine) == 1 {
+		i.arm(mine[0])
 	}
 }
 
@@ -95,10 +110,21 @@ func (i *initrd) rearm() {
 // services: a slot that breaks later would be booted for ever otherwise (F74). It
 // needs another slot that is good.
 func (i *initrd) arm(disk *partition.Disk) {
+	slot := i.armable(disk)
+	if slot == "" {
+		return
+	}
+	if err := disk.Arm(slot, armedTries); err != nil {
+		i.log.Warn("boots are not counted", "error", err)
+	}
+}
+
+// armable is the slot with this boot's release, when it and the other are good.
+func (i *initrd) armable(disk *partition.Disk) partition.Slot {
 	entries, err := disk.Entries()
 	if err != nil {
 		i.log.Warn("boot entries", "error", err)
-		return
+		return ""
 	}
 	slot, other := partition.Slot(""), false
 	for _, e := range entries {
@@ -109,12 +135,10 @@ func (i *initrd) arm(disk *partition.Disk) {
 			other = true
 		}
 	}
-	if slot == "" || !other {
-		return
+	if !other {
+		return ""
 	}
-	if err := disk.Arm(slot, armedTries); err != nil {
-		i.log.Warn("boots are not counted", "error", err)
-	}
+	return slot
 }
 
 // readBoot reads what the build put beside this program, and checks that the
@@ -177,7 +201,7 @@ func (i *initrd) loadModules() error {
 // files the next stage starts with, so that damage there is met before any key
 // is asked for.
 func (i *initrd) mapRoot() (err error) {
-	if i.root, err = findRoot(context.Background(), i.boot.Root); err != nil {
+	if err := i.findRoot(); err != nil {
 		return err
 	}
 	if i.device, err = partition.OpenShared(i.root.disk); err != nil {
@@ -207,6 +231,30 @@ func (i *initrd) mapRoot() (err error) {
 		}
 	}
 	i.log.Info("root verified", "device", i.root.device, "slot", i.status.Slot)
+	return nil
+}
+
+// findRoot finds the root's partition.
+func (i *initrd) findRoot() (err error) {
+	// A firmware without a log leaves the place unknown, and with one disk that is no loss.
+	if raw, err := os.ReadFile(eventLogPath); err == nil {
+		if log, err := pcr.ParseLog(raw); err == nil {
+			i.from = originOf(log)
+		}
+	}
+	f := &rootFinder{log: i.log, verity: i.boot.Root, from: i.from, sys: sysPath, dev: devPath, wait: diskTime}
+	if v := i.boot.Appliance.Volumes; len(v) > 0 {
+		f.volume = v[0].Name
+	}
+	var others []string
+	if i.root, others, err = f.find(context.Background()); err != nil {
+		return err
+	}
+	for _, disk := range others {
+		text := fmt.Sprintf("disk %s holds this release too and is not used, an install medium or a copy: unplug it", disk)
+		i.log.Warn("another disk", "why", text)
+		i.status.Problems = append(i.status.Problems, text)
+	}
 	return nil
 }
 
