@@ -31,9 +31,11 @@ var mayImport = map[string][]string{
 }
 
 // notOnTheDevice is what the device binary must not link (I6): builders,
-// writers, registry clients, and what only tests use.
+// writers, registry clients, and what only tests use. image/uki is not among them: the
+// device reads signed programs by it, to see whether a change of dbx would keep them from
+// starting; what it does to write one, the linker leaves out.
 var notOnTheDevice = []string{
-	module + "/image/build", module + "/image/oci", module + "/image/erofs", module + "/image/uki", module + "/image/initrd",
+	module + "/image/build", module + "/image/oci", module + "/image/erofs", module + "/image/initrd",
 	module + "/image/keys", module + "/image/spec", module + "/image/runtime", module + "/image/qcow2", module + "/image/deb",
 	module + "/update/repo", module + "/update/delta/make",
 	module + "/hwtest", module + "/examples", module + "/cmd/holdfast", module + "/seal/sealtest", module + "/partition/powercut",

@@ -45,6 +45,8 @@ type Appliance struct {
 	Seal    SealPolicy `json:"seal"`
 	// Recovery is about the key that opens the volumes without the TPM.
 	Recovery Recovery `json:"recovery,omitzero"`
+	// SecureBoot is about the firmware's keys.
+	SecureBoot SecureBoot `json:"secureboot,omitzero"`
 
 	Network []Interface `json:"network,omitempty"`
 	Sysctl  []string    `json:"sysctl,omitempty"` // "net.ipv4.ip_forward=1"
@@ -100,6 +102,30 @@ type SealPolicy struct {
 	// Epoch is the security epoch of a rollback-proof release, 1 or more; 0 in others.
 	Epoch int64 `json:"epoch,omitempty"`
 }
+
+// SecureBoot says which keys decide in a box's firmware, and how a release changes them.
+type SecureBoot struct {
+	// Enroll is "force" or "manual" where the disk brings the vendor's keys; the
+	// firmware may still have others, or none.
+	Enroll string `json:"enroll,omitempty"`
+	// Keys are the vendor's certificates by variable ("PK", "KEK", "db"): SHA-256 of
+	// the DER, in hex. The one in db signed this release.
+	Keys map[string]string `json:"keys,omitempty"`
+	// Updates are applied in this order, one a boot.
+	Updates []VariableUpdate `json:"updates,omitempty"`
+}
+
+// VariableUpdate is a signed update of db or dbx in the root.
+type VariableUpdate struct {
+	Variable string `json:"variable"` // "db" or "dbx"
+	// Append adds to what the box has; otherwise it is replaced.
+	Append bool   `json:"append,omitempty"`
+	File   string `json:"file"`   // in the root, below [SecureBootFolder]
+	SHA256 string `json:"sha256"` // of the file, hex
+}
+
+// SecureBootFolder holds the files of [SecureBoot].Updates in the root.
+const SecureBootFolder = "/usr/lib/holdfast/secureboot"
 
 // Update says where new releases come from and when they are taken. The keys they
 // are signed with are in the file at [TUFRootPath], not here.

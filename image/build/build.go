@@ -146,11 +146,15 @@ func (b *builder) release() error {
 	if err != nil {
 		return err
 	}
+	sb, err := b.readSecureBoot()
+	if err != nil {
+		return err
+	}
 	k, err := b.openKernel()
 	if err != nil {
 		return err
 	}
-	root, appliance, err := b.compose(k, t, recovery)
+	root, appliance, err := b.compose(k, t, recovery, sb)
 	if err != nil {
 		return err
 	}
@@ -161,6 +165,9 @@ func (b *builder) release() error {
 		return err
 	}
 	if err := b.writeLoader(); err != nil {
+		return err
+	}
+	if err := b.checkSecureBoot(sb); err != nil {
 		return err
 	}
 	if err := b.geometry(); err != nil {

@@ -57,7 +57,7 @@ func (b *builder) at(key string, err error) error {
 }
 
 // compose makes the root and what the device has to know of it.
-func (b *builder) compose(k *kernel, t trust, r image.Recovery) (*tree.Node, *image.Appliance, error) {
+func (b *builder) compose(k *kernel, t trust, r image.Recovery, sb secureBoot) (*tree.Node, *image.Appliance, error) {
 	root := tree.NewDir(0o755)
 	root.MTimeSec = b.epochSec()
 	if k.root != nil {
@@ -71,7 +71,7 @@ func (b *builder) compose(k *kernel, t trust, r image.Recovery) (*tree.Node, *im
 		root.Merge(src.root)
 	}
 	app := b.appliance()
-	app.Update, app.Recovery = t.update, r
+	app.Update, app.Recovery, app.SecureBoot = t.update, r, sb.SecureBoot
 	for _, dir := range rootFolders {
 		if _, err := root.MkdirAll(dir, b.epochSec()); err != nil {
 			return nil, nil, err
@@ -85,6 +85,7 @@ func (b *builder) compose(k *kernel, t trust, r image.Recovery) (*tree.Node, *im
 	for _, add := range []func(*tree.Node) error{
 		func(n *tree.Node) error { return b.addContainers(n, app) }, b.addVolumes, b.addFiles,
 		func(n *tree.Node) error { return b.addTrust(n, t) },
+		func(n *tree.Node) error { return b.addSecureBoot(n, sb) },
 		func(n *tree.Node) error { return b.addAgent(n, app) },
 	} {
 		if err := add(root); err != nil {

@@ -98,7 +98,9 @@ func (b *builder) disk(raw, qcow string) (err error) {
 	}
 	dev := imageFile{f, layout.SizeBytes}
 	when := time.Unix(b.manifest.BuildTimeSec, 0).UTC()
-	d, err := partition.Format(dev, layout, partition.FormatOptions{Time: when})
+	o := partition.FormatOptions{Time: when}
+	b.enrolment(&o)
+	d, err := partition.Format(dev, layout, o)
 	if err != nil {
 		return err
 	}

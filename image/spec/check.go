@@ -60,6 +60,7 @@ func (r *report) checkSpec(s *Spec) {
 	r.checkNetwork(s.Network)
 	r.checkDisk(&s.Disk)
 	r.checkSeal(s.Seal)
+	r.oneOf("secureboot.enroll", s.SecureBoot.Enroll, "off", "manual", "force")
 	r.checkUpdate(&s.Update)
 	r.checkRecovery(&s.Recovery)
 	for i := range s.Files {

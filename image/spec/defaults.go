@@ -24,6 +24,7 @@ const DefaultCheck Interval = 6 * 60 * 60
 //	seal.policy       standard
 //	seal.repair       automatic
 //	recovery.console  text; recovery.threshold 1, when there are holders
+//	secureboot.enroll off
 //	update.channel    stable, and check 6h, automatic true, stick true, when there is an update section
 //	files[].mode      0600, folders 0700
 //	services[].restart always
@@ -48,6 +49,7 @@ func (s *Spec) ApplyDefaults() {
 	text(&s.Kernel.Tar, "kernel.tar")
 	text(&s.Seal.Policy, "standard")
 	text(&s.Seal.Repair, "automatic")
+	text(&s.SecureBoot.Enroll, "off")
 	size(&s.Disk.Size, DefaultDiskSize)
 	size(&s.Disk.ESP, DefaultESPSize)
 	if s.Epoch == 0 {

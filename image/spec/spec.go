@@ -88,7 +88,10 @@ type Spec struct {
 	Sysctl  map[string]string `yaml:"sysctl,number"`
 	Disk    Disk              `yaml:"disk"`
 	Seal    Seal              `yaml:"seal"`
-	Update  Update            `yaml:"update"`
+
+	SecureBoot SecureBoot `yaml:"secureboot"`
+
+	Update Update `yaml:"update"`
 
 	Recovery Recovery `yaml:"recovery"`
 
@@ -185,6 +188,19 @@ type Seal struct {
 	// default, seals anew for the state the device is in, "manual" waits for somebody to
 	// say so with holdfast-agent reseal.
 	Repair string `yaml:"repair"`
+}
+
+// SecureBoot says how boxes get the vendor's keys, and how a release changes them.
+type SecureBoot struct {
+	// Enroll is "force" where the disk brings the vendor's keys for the boot loader to
+	// enrol in a firmware that is in setup mode, without asking anybody; "manual" offers
+	// it in the boot loader's menu. The default, "off", leaves it to the factory.
+	Enroll string `yaml:"enroll"`
+	// DB and DBX are signed updates (.auth) of the variables of these names, files on
+	// the build machine, ~/ allowed: db-next.auth or db.auth of the keys' folder, and
+	// what holdfast keys dbx makes. A box applies them once it has kept the release.
+	DB  string `yaml:"db"`
+	DBX string `yaml:"dbx"`
 }
 
 // Update says which repository new releases come from, and when they are taken.

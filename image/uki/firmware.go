@@ -59,6 +59,29 @@ func (f *File) Allowed(db, dbx sigdb.Database) error {
 	return fmt.Errorf("no certificate in db verifies the signature of %s", sigs[0].signer())
 }
 
+// Authority is the certificate in db by which the firmware starts the program, the
+// first in the order of the database, whose entry it extends into PCR 7; nil when none
+// verifies it. It does not ask dbx; see [File.Allowed].
+func (f *File) Authority(db sigdb.Database) (*x509.Certificate, error) {
+	digest, err := f.Authenticode()
+	if err != nil {
+		return nil, err
+	}
+	sigs, err := f.Signatures()
+	if err != nil {
+		return nil, err
+	}
+	trusted, _ := db.Certificates()
+	for _, s := range sigs {
+		for _, t := range trusted {
+			if len(s.Certificates) <= maxCarried && s.signedBy(digest, []*x509.Certificate{t}) {
+				return t, nil
+			}
+		}
+	}
+	return nil, nil
+}
+
 // signer is the name the signature claims.
 func (s *Signature) signer() string {
 	if len(s.Certificates) == 0 {
