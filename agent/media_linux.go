@@ -54,7 +54,7 @@ func (u *Updater) watchMedia(ctx context.Context, systemDisk string, reboot func
 			seen[name] = id
 			version, err := u.fromMedium(ctx, "/dev/"+name, func() bool { return mediaDevices(systemDisk)[name] == id })
 			if err != nil {
-				u.Log.Warn("medium", "device", name, "error", err)
+				u.Log.Warn("medium", "device", "/dev/"+name, "error", err)
 			}
 			if version != "" {
 				u.rebootInWindow(ctx, func() { reboot(version) })
@@ -99,7 +99,9 @@ func mediaDevices(systemDisk string) map[string]string {
 // fileSystemOf recognises the file systems that media have.
 func fileSystemOf(r io.ReaderAt) (string, error) {
 	b := make([]byte, 2048)
-	if _, err := r.ReadAt(b, 0); err != nil {
+	if _, err := r.ReadAt(b, 0); err == io.EOF {
+		return "", nil // a small partition
+	} else if err != nil {
 		return "", err
 	}
 	switch {
@@ -118,6 +120,9 @@ func fileSystemOf(r io.ReaderAt) (string, error) {
 // the device is the same medium yet.
 func (u *Updater) fromMedium(ctx context.Context, device string, still func() bool) (version string, err error) {
 	f, err := os.Open(device)
+	if errors.Is(err, unix.ENOMEDIUM) {
+		return "", nil // a reader of cards
+	}
 	if err != nil {
 		return "", err
 	}
@@ -135,6 +140,9 @@ func (u *Updater) fromMedium(ctx context.Context, device string, still func() bo
 	u.Log.Info("medium", "device", device, "filesystem", fs)
 	version, found, err := u.applyFromFolder(ctx, mediaPath)
 	unmountMedium()
+	if !found && err == nil {
+		u.Log.Info("no bundle and no repository on the medium", "device", device)
+	}
 	// What cannot be read, or was pulled out, is not written to: there may be another in its place.
 	if found && u.Config.WriteBack && fs != "ext4" && !errors.Is(err, unix.EIO) && still() {
 		err = errors.Join(err, u.writeBack(device, fs))
@@ -146,6 +154,9 @@ func mountMedium(device, fs string, flags uintptr) error {
 	if err := os.MkdirAll(mediaPath, 0o700); err != nil {
 		return err
 	}
+	if err := setReadOnly(device, flags&unix.MS_RDONLY != 0); err != nil {
+		return err
+	}
 	options := ""
 	if fs == "ext4" {
 		// A journal that is replayed is a medium that is written. And what to do about
@@ -154,6 +165,21 @@ func mountMedium(device, fs string, flags uintptr) error {
 	}
 	if err := unix.Mount(device, mediaPath, fs, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, options); err != nil {
 		return fmt.Errorf("mount %s as %s: %w", device, fs, err)
+	}
+	return nil
+}
+
+// setReadOnly says whether the kernel may write to a device. Mounted read-only, ext4
+// writes all the same: what is wrong with it goes into its superblock.
+func setReadOnly(device string, on bool) (err error) {
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	value := map[bool]int{true: 1}[on]
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), unix.BLKROSET, value); err != nil {
+		return fmt.Errorf("make %s read-only (%d): %w", device, value, err)
 	}
 	return nil
 }
@@ -252,6 +278,7 @@ func (u *Updater) writeBack(device, fs string) (err error) {
 	if err := mountMedium(device, fs, 0); err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, setReadOnly(device, true)) }()
 	defer unmountMedium()
 	name := "holdfast-result-" + u.Device.Product + "-" + u.Device.ID[:min(8, len(u.Device.ID))] + ".json"
 	return update.WriteFile(filepath.Join(mediaPath, name), append(text, '\n'), 0o644)
