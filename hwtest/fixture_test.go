@@ -247,7 +247,7 @@ func aBox(t *testing.T, secureBoot bool) (*hwtest.Machine, *provisioned) {
 	}
 	m := from.box.Copy(t)
 	t.Cleanup(func() {
-		if m.VM() != nil && strings.Contains(m.Console(), "EXT4-fs error") {
+		if m.VM() != nil && strings.Contains(m.Console(), "EXT4-fs error (device dm-") {
 			t.Errorf("the kernel found damage in the data volume's file system:\n%s", m.Console())
 		}
 	})
