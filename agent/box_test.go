@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/aes"
 	"crypto/rand"
@@ -86,6 +87,12 @@ type box struct {
 	noTPM      error // what OpenTPM says
 	files      string
 	rand       io.Reader // nil is crypto/rand
+	// Where they are not empty, what the release's spec says and what was booted.
+	policy  image.SealPolicy
+	version string
+	slot    string
+	onTrial bool
+	log     []byte // the firmware's event log
 }
 
 // newBox is a box as it leaves the factory, switched on, with n volumes.
@@ -150,10 +157,10 @@ func (b *box) description() image.Boot {
 		b.t.Fatal(err)
 	}
 	key := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
-	return image.Boot{Appliance: image.Appliance{
-		Name: "testbox", Version: "1", Volumes: b.volumes,
-		Seal: image.SealPolicy{Policy: seal.PolicyStandard, PolicyKeyPEM: string(key)},
-	}}
+	policy := b.policy
+	policy.PolicyKeyPEM = string(key)
+	policy.Policy = cmp.Or(policy.Policy, seal.PolicyStandard)
+	return image.Boot{Appliance: image.Appliance{Name: "testbox", Version: cmp.Or(b.version, "1"), Volumes: b.volumes, Seal: policy}}
 }
 
 func (b *box) parts() (parts []Partition) {
@@ -204,7 +211,13 @@ func (b *box) session(typed string) *session {
 			return b.signatures, nil
 		},
 		SecureBoot: func() (bool, error) { return b.secureBoot, nil },
-		EventLog:   func() ([]byte, error) { return nil, fs.ErrNotExist },
+		EventLog: func() ([]byte, error) {
+			if b.log == nil {
+				return nil, fs.ErrNotExist
+			}
+			return b.log, nil
+		},
+		Slot: b.slot, OnTrial: b.onTrial,
 	}
 	return s
 }

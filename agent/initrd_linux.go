@@ -365,6 +365,11 @@ func (i *initrd) leave() error {
 	if err := os.MkdirAll(filepath.Dir(statePath), 0o755); err != nil {
 		return err
 	}
+	if signatures, err := os.ReadFile(signaturesPath); err == nil {
+		if err := os.WriteFile(signaturesCopy, signatures, 0o600); err != nil {
+			return err
+		}
+	}
 	return os.WriteFile(statePath, b, 0o600)
 }
 

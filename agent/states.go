@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -101,6 +102,7 @@ func releaseOf(e image.Expected) (r pcr.Release, err error) {
 		{"uki_authenticode", e.UKIAuthenticode, &r.UKI.Authenticode},
 		{"linux_authenticode", e.LinuxAuthenticode, &r.Linux},
 		{"pcr11", e.PCR11[""], &r.PCR11},
+		{"db_certificate_sha256", e.DBCertificateSHA256, &r.Loader.Certificate},
 	} {
 		if f.text == "" {
 			continue
@@ -109,6 +111,7 @@ func releaseOf(e image.Expected) (r pcr.Release, err error) {
 			return r, fmt.Errorf("the release's reference values: %s: %w", f.name, err)
 		}
 	}
+	r.UKI.Certificate = r.Loader.Certificate // one signs both
 	return r, nil
 }
 
@@ -135,9 +138,33 @@ func runningOf(log pcr.Log, secureBoot bool) (r pcr.Release, err error) {
 	if !secureBoot {
 		r.Linux = apps[2]
 	}
+	r.Loader.Certificate, r.UKI.Certificate = verifiersOf(log, r)
 	r.PCR11 = log.Replay()[phasePCR] // by the stub, and by nobody else before the initrd
 	return r, nil
 }
+
+// verifiersOf are those that verified the programs: an entry of db is measured right
+// before the first program that it lets start.
+func verifiersOf(log pcr.Log, r pcr.Release) (loader, uki pcr.Digest) {
+	var last pcr.Digest
+	for _, e := range log.Events {
+		name, entry, ok := e.Variable()
+		if ok && e.Type == pcr.EventVariableAuthority && name == "db" && len(entry) > signatureOwnerBytes {
+			last = sha256.Sum256(entry[signatureOwnerBytes:])
+		}
+		switch d, _ := e.SHA256(); {
+		case e.Type != pcr.EventBootServicesApp:
+		case d == r.Loader.Authenticode:
+			loader = last
+		case d == r.UKI.Authenticode:
+			uki = last
+		}
+	}
+	return loader, uki
+}
+
+// signatureOwnerBytes stand before the certificate in an entry of db (UEFI 2.10 §32.4.1).
+const signatureOwnerBytes = 16
 
 func parseDigest(text string) (d pcr.Digest, err error) {
 	b, err := hex.DecodeString(text)
@@ -161,7 +188,7 @@ type StateStatus struct {
 
 // setStates describes what is in force. known are register values from different
 // moments: tokens have only their hash, so those are shown that lead to it.
-func (s *Status) setStates(tokens []seal.Token, opened *seal.Token, known []map[int]pcr.Digest) {
+func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[int]pcr.Digest) {
 	s.States, s.Rules, s.SealedPCRs = nil, nil, nil
 	weak := map[string]bool{}
 	for _, t := range tokens {
@@ -170,7 +197,7 @@ func (s *Status) setStates(tokens []seal.Token, opened *seal.Token, known []map[
 			policy.Name = suspendedName
 		}
 		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: rules(policy)}
-		state.Opened = opened != nil && sameBlob(*opened, t)
+		state.Opened = opened == t.PolicyHash
 		s.States = append(s.States, state)
 		if s.Rules == nil || state.Opened {
 			s.Rules, s.SealedPCRs = state.Rules, t.PCRs

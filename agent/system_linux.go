@@ -31,6 +31,8 @@ type system struct {
 	started atomic.Bool // every onboot container has succeeded, services are being kept
 	failed  atomic.Bool // one has not
 	updater *Updater    // nil in a release that takes no updates
+	keeper  *Keeper     // nil without data volumes
+	sealed  sealed
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -52,6 +54,7 @@ func RunSystem(console io.Writer) error {
 	}
 	s.configureKernel()
 	s.watchSignals()
+	s.openKeeper()
 	s.settleUpdates()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
@@ -221,6 +224,7 @@ func (s *system) status() *Status {
 		}
 		disk.close()
 	}
+	s.describeStates(&out)
 	out.ResidentBytes, out.PeakBytes = ownMemory()
 	if s.updater != nil {
 		u := s.updater.Status()

@@ -105,6 +105,7 @@ func (s *system) judge(ctx context.Context) {
 		return
 	}
 	if !entry.Counted {
+		s.keepSealed(ctx)
 		s.updates(ctx)
 		return
 	}
@@ -131,6 +132,7 @@ func (s *system) judge(ctx context.Context) {
 	if s.updater != nil {
 		s.updater.Commit()
 	}
+	s.keepSealed(ctx)
 	s.updates(ctx)
 }
 
@@ -145,6 +147,7 @@ func (s *system) confirm(ctx context.Context, disk *slots, entry partition.Entry
 		return
 	}
 	s.log.Info("boot confirmed", "slot", entry.Slot, "version", entry.Version)
+	s.keepSealed(ctx)
 	s.updates(ctx)
 }
 
@@ -219,7 +222,7 @@ func Bless(s *Status) error {
 	if u != nil {
 		u.Commit()
 	}
-	return settled
+	return errors.Join(settled, settleHere())
 }
 
 // bless keeps out of the way of a process that writes the other slot: both write the

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"time"
 
@@ -45,6 +44,7 @@ func OpenUpdater(log *slog.Logger) (*Updater, error) {
 	if err := s.load(); err != nil {
 		return nil, err
 	}
+	s.openKeeper()
 	u, err := s.newUpdater()
 	if u == nil || err != nil {
 		return nil, err
@@ -92,7 +92,6 @@ func (s *system) newUpdater() (*Updater, error) {
 			}
 			return d.disk, d.dev, nil
 		},
-		Blocked: s.initrd.updateBlocked(),
 	}
 	if u.FleetKey, err = os.ReadFile(image.FleetKeyPath); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -100,20 +99,13 @@ func (s *system) newUpdater() (*Updater, error) {
 	if len(s.app.Volumes) > 0 {
 		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
 	}
+	if s.keeper != nil {
+		u.Prepare = s.keeper.Prepare
+	}
 	if len(s.initrd.Volumes) > 0 {
 		u.Device.ID = s.initrd.Volumes[0].UUID // made at random when the box was provisioned
 	}
 	return u, nil
-}
-
-// updateBlocked: without Secure Boot the key is bound to PCR 4, which another
-// release's UKI changes, and the box would come up at its recovery prompt.
-func (s *Status) updateBlocked() error {
-	if len(s.Volumes) > 0 && slices.Contains(s.SealedPCRs, 4) {
-		return errors.New("the data volumes are sealed to the boot programs of this release (PCR 4), because Secure Boot is off; " +
-			"another release could not open them without the recovery key: enrol the vendor's keys and turn Secure Boot on")
-	}
-	return nil
 }
 
 // webSource is the repository at the spec's URL.

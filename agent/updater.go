@@ -53,8 +53,10 @@ type Updater struct {
 	Root image.Verity
 	// OpenDisk opens the disk with the slots.
 	OpenDisk func() (*partition.Disk, io.Closer, error)
-	// Blocked, when not nil, says why this box cannot boot another release.
-	Blocked error
+	// Prepare, when set, makes the data volumes open in the first boot of a release that
+	// is to be written into a slot. It is called before the first write; an error says why
+	// this box cannot boot the release.
+	Prepare func(image.Manifest, partition.Slot) error
 	Now     func() time.Time
 
 	// locks is where processes that share Dir have their locks; "" when there is only this one.
@@ -541,9 +543,6 @@ var (
 // install writes the other slot. All that can be known beforehand is checked
 // before the first write.
 func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
-	if u.Blocked != nil {
-		return fmt.Errorf("%w: %w", errUnfit, u.Blocked)
-	}
 	m := c.Release.Manifest
 	u.set(func(r *UpdateStatus) { r.Doing = "installing " + m.Version })
 	defer u.set(func(r *UpdateStatus) { r.Doing, r.DoneBytes, r.TotalBytes = "", 0, 0 })
@@ -574,6 +573,11 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	plan, err := disk.PlanSlot(other, contents, partition.WriteOptions{Tries: updateTries, Running: u.Slot, Time: u.Now(), SkipEqual: true})
 	if err != nil {
 		return fmt.Errorf("%w: %w", errUnfit, err)
+	}
+	if u.Prepare != nil {
+		if err := u.Prepare(m, other); err != nil {
+			return fmt.Errorf("%w: %w", errUnfit, err)
+		}
 	}
 	p := &update.Pending{Slot: string(other), Version: m.Version, RootHash: m.Verity.RootHash, Sequence: plan.Sequence(), Since: u.Now().UTC()}
 	var before *update.Pending

@@ -81,17 +81,6 @@ func TestReleaseTooLarge(t *testing.T) {
 	}
 }
 
-// TestBlockedByPCR4: a box whose data would stay closed takes nothing.
-func TestBlockedByPCR4(t *testing.T) {
-	v := newVendor(t, "1.0.0", "1.1.0")
-	a := newAppliance(v, "1.0.0")
-	a.u.Blocked = (&Status{Volumes: []VolumeStatus{{}}, SealedPCRs: []int{4, 11}}).updateBlocked()
-	a.wantRefused(v.source(), "enrol the vendor's keys and turn Secure Boot on")
-	if (&Status{Volumes: []VolumeStatus{{}}, SealedPCRs: []int{7, 11}}).updateBlocked() != nil {
-		t.Error("blocked with Secure Boot")
-	}
-}
-
 // TestBundlesOfOthers are refused with the reason, and nothing is written.
 func TestBundlesOfOthers(t *testing.T) {
 	v := newVendor(t, "1.0.0")

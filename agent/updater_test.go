@@ -55,6 +55,7 @@ type releaseOptions struct {
 	epoch         int64
 	ownBytes      int // of the root; the rest is that of all releases
 	ukiBytes      int
+	expected      image.Expected
 }
 
 // makeRelease makes a small root, that is one, and a UKI and a loader that are none.
@@ -92,7 +93,7 @@ func makeRelease(t *testing.T, version string, o releaseOptions) made {
 		t.Fatal(err)
 	}
 	r := made{folder: t.TempDir(), uki: noise("UKI "+version, o.ukiBytes), loader: noise("loader "+version[:1], 60_000)}
-	r.Manifest = image.Manifest{Format: 1, Name: o.product, Version: version, Architecture: o.arch, BuildTimeSec: today.Unix(), Epoch: o.epoch}
+	r.Manifest = image.Manifest{Format: 1, Name: o.product, Version: version, Architecture: o.arch, BuildTimeSec: today.Unix(), Epoch: o.epoch, Expected: o.expected}
 	if r.Verity, err = w.Finish(&root); err != nil {
 		t.Fatal(err)
 	}

@@ -411,7 +411,7 @@ func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 	if record := recordOf(vols[0].header); record != nil {
 		known = append(known, record.PCRs)
 	}
-	s.setStates(tokens, m.opened, known)
+	s.setStates(tokens, m.openedHash(), known)
 	if vols[0].method == "recovery" {
 		s.Problems = append(s.Problems, "opened with the recovery key, because the TPM refused")
 		s.Problems = append(s.Problems, m.changes...)

@@ -1,0 +1,749 @@
+package agent
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+// Keeper decides in which states the TPM opens the data volumes, as releases and
+// firmware come and go, and has its [Sealer] see to it. Fill in the exported fields;
+// call [Keeper.Settle] in every boot that is good, [Keeper.Prepare] before a slot is
+// written.
+type Keeper struct {
+	Sealer
+	Policy image.SealPolicy
+	// Name and Version are of the release that runs, in Slot.
+	Name, Version string
+	Slot          partition.Slot
+	SecureBoot    bool
+	// Method is how this boot opened the volumes, as in [VolumeStatus].
+	Method string
+	// PCRs are registers at the moment the volumes were opened.
+	PCRs map[int]pcr.Digest
+	// OpenDisk opens the disk with the slots.
+	OpenDisk func() (*partition.Disk, io.Closer, error)
+	// EventLog is the firmware's.
+	EventLog func() ([]byte, error)
+	// Variables are the contents of PK, KEK, db and dbx as they are now, empty for one
+	// that does not exist.
+	Variables func() (map[string][]byte, error)
+	// BootID tells boots apart.
+	BootID string
+	Now    func() time.Time
+}
+
+// notesFile in stateFolder holds what the keeper remembers. Losing it closes nothing.
+const (
+	notesFile     = "seal.json"
+	maxNotesBytes = 256 << 10
+)
+
+// notes are what a header has no room for.
+type notes struct {
+	Format int `json:"format"` // 1
+	// Values are the registers that the states bind, by policy hash and number, to show.
+	Values map[string]map[int]string `json:"values,omitempty"`
+	// Releases are the reference values of what was installed, by the name of the state.
+	Releases map[string]image.Expected `json:"releases,omitempty"`
+	// PendingSince is when values were sealed of a change that has yet to happen.
+	PendingSince time.Time   `json:"pending_since,omitzero"`
+	Suspended    *suspension `json:"suspended,omitempty"`
+}
+
+// suspension is protection given up for some boots (F8).
+type suspension struct {
+	BootsLeft int       `json:"boots_left"`
+	Since     time.Time `json:"since"`
+	LastBoot  string    `json:"last_boot"` // counted already
+}
+
+// repairManual is [image.SealPolicy.Repair] when nothing is sealed anew by itself.
+const repairManual = "manual"
+
+const (
+	// suspendTime ends a suspension that is not used up.
+	suspendTime = 7 * 24 * time.Hour
+	// MaxSuspendBoots is the longest suspension.
+	MaxSuspendBoots = 20
+	// pendingTime is how long values of a change are kept that does not happen.
+	pendingTime = 30 * 24 * time.Hour
+)
+
+func (n *suspension) over(now time.Time) bool {
+	// A clock that went back says nothing about how long it has been.
+	return n.BootsLeft <= 0 || now.After(n.Since.Add(suspendTime)) || now.Before(n.Since.Add(-suspendTime))
+}
+
+func (k *Keeper) notesPath() string {
+	return filepath.Join(k.Root, k.Volumes[0].Volume.Mount, stateFolder, notesFile)
+}
+
+// notes reads them; what cannot be read is begun anew.
+func (k *Keeper) notes() *notes {
+	n := &notes{}
+	f, err := os.Open(k.notesPath())
+	if err == nil {
+		var b []byte
+		b, err = io.ReadAll(io.LimitReader(f, maxNotesBytes))
+		f.Close()
+		if err == nil {
+			err = json.Unmarshal(b, n)
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		k.Log.Warn("notes on sealing", "error", err)
+	}
+	if err != nil || n.Format != 1 {
+		n = &notes{Format: 1}
+	}
+	if n.Values == nil {
+		n.Values = map[string]map[int]string{}
+	}
+	if n.Releases == nil {
+		n.Releases = map[string]image.Expected{}
+	}
+	return n
+}
+
+func (k *Keeper) save(n *notes) error {
+	b, err := json.MarshalIndent(n, "", " ")
+	if err != nil {
+		return err
+	}
+	if err := update.WriteFile(k.notesPath(), b, 0o600); err != nil {
+		return fmt.Errorf("notes on sealing: %w", err)
+	}
+	return nil
+}
+
+// situation is what a decision is taken on, read anew for each.
+type situation struct {
+	notes   *notes
+	tokens  []seal.Token
+	entries []partition.Entry
+	now     map[int]pcr.Digest // registers, 11 as it was in the initrd
+	all     map[int]pcr.Digest // registers for the record
+	srk     []byte             // name of the TPM's storage key
+	bond    bond
+	raise   bool // the bond is of an epoch that the counter has not come to
+}
+
+// live says whether the TPM opens by that policy: one under another TPM's storage key
+// does not (F37).
+func (s *situation) live(p seal.Policy) bool {
+	digest, err := p.Digest()
+	return err == nil && slices.ContainsFunc(s.tokens, func(t seal.Token) bool { return t.PolicyHash == digest && s.ours(t) })
+}
+
+func (s *situation) ours(t seal.Token) bool { return t.SRK != nil && bytes.Equal(t.SRK.Name, s.srk) }
+
+func (k *Keeper) look() (s *situation, err error) {
+	s = &situation{notes: k.notes()}
+	v := k.Volumes[0]
+	h, _, err := luks2.Read(v.Device, v.Device.Size())
+	if err != nil {
+		return nil, fmt.Errorf("data volume %s: %w", v.Name, err)
+	}
+	for _, t := range tpmTokens(h) {
+		s.tokens = append(s.tokens, t.Token)
+	}
+	disk, closer, err := k.OpenDisk()
+	if err != nil {
+		return nil, err
+	}
+	defer closer.Close()
+	if s.entries, err = disk.Entries(); err != nil {
+		return nil, err
+	}
+	if k.Policy.PIN {
+		if k.PIN, err = os.ReadFile(filepath.Join(k.Root, v.Volume.Mount, stateFolder, pinFile)); err != nil {
+			return nil, fmt.Errorf("the PIN that states are sealed with: %w", err)
+		}
+	}
+	return s, k.ask(s)
+}
+
+// ask asks the TPM for its registers, and its counter where the policy has one.
+func (k *Keeper) ask(s *situation) error {
+	tpm, err := k.OpenTPM()
+	if err != nil {
+		return err
+	}
+	if c, ok := tpm.(io.Closer); ok {
+		defer c.Close()
+	}
+	if s.all, err = seal.ReadPCRs(tpm, recordedPCRs); err != nil {
+		return err
+	}
+	srk, err := seal.EnsureSRK(tpm)
+	if err != nil {
+		return err
+	}
+	s.srk = srk.Name
+	srk.Close(tpm)
+	delete(s.all, phasePCR) // of a later phase
+	s.now = maps.Clone(s.all)
+	if v, ok := k.PCRs[phasePCR]; ok {
+		s.now[phasePCR], s.all[phasePCR] = v, v
+	}
+	if k.Policy.Policy != seal.PolicyRollbackProof {
+		return nil
+	}
+	return k.bind(tpm, s)
+}
+
+// bind settles the epoch that the box has come to, and the counter's bound.
+//
+// An epoch that rises is sealed with the bound one above the counter's value first;
+// only then the counter is incremented, and the states of the old epoch go. A cut
+// between leaves tokens with both bounds, and the higher one is gone on with.
+func (k *Keeper) bind(tpm seal.TPM, s *situation) error {
+	counter, err := seal.EnsureCounter(tpm, seal.CounterIndex)
+	if err != nil {
+		return err
+	}
+	s.bond = bond{uint64(max(k.Policy.Epoch, 1)), counter}
+	var reached uint64
+	for _, t := range s.tokens {
+		var epoch uint64
+		if n, _ := fmt.Sscanf(t.Ref, "holdfast-epoch-%d", &epoch); n != 1 || t.Counter == nil || t.Counter.Index != counter.Index || !s.ours(t) {
+			continue
+		}
+		if t.Counter.Max < counter.Max || t.Counter.Max > counter.Max+1 {
+			continue // of the past, or nothing that we have written
+		}
+		if epoch > reached {
+			reached = epoch
+			s.bond.counter.Max = t.Counter.Max
+		}
+	}
+	if s.bond.epoch > reached && reached > 0 {
+		s.bond.counter.Max = counter.Max + 1
+	}
+	s.bond.epoch = max(s.bond.epoch, reached)
+	s.raise = s.bond.counter.Max > counter.Max
+	return nil
+}
+
+// own is the name of the slot that runs.
+func (k *Keeper) own() string { return slotName(k.Slot, k.Version) }
+
+// bootable are the names of the slots that may boot next, the one that runs first.
+func (k *Keeper) bootable(s *situation) []string {
+	names := []string{k.own()}
+	for _, e := range s.entries {
+		if e.Slot != k.Slot && e.Damage == nil && !e.Bad() {
+			names = append(names, slotName(e.Slot, e.Version))
+		}
+	}
+	return names
+}
+
+// present are the states of the box as it is: of the release that runs, and of the
+// other one as far as that is known.
+func (k *Keeper) present(s *situation) ([]SealState, error) {
+	p, err := policyOf(k.Policy, k.SecureBoot, s.bond, s.now)
+	if err != nil {
+		return nil, err
+	}
+	names := k.bootable(s)
+	if !ofRelease(k.Policy, k.SecureBoot) {
+		return []SealState{{For: joinNames(names), Policy: p}}, nil
+	}
+	wanted := []SealState{{For: names[0], Policy: p}}
+	for _, n := range names[1:] {
+		expected, ok := s.notes.Releases[n]
+		if !ok {
+			continue
+		}
+		next, err := k.predict(s, &expected, firmwareChange{})
+		if err != nil {
+			k.Log.Info("the other slot's state is left as it is", "state", n, "reason", err)
+			continue
+		}
+		wanted = append(wanted, SealState{For: n, Policy: next})
+	}
+	return wanted, nil
+}
+
+// firmwareChange is what the next boot will find in the firmware's variables.
+type firmwareChange struct {
+	variables map[string][]byte // as in [pcr.Change]
+	// now and next are the certificates in db that verify each program, by its
+	// Authenticode digest, where they are known.
+	now, next map[pcr.Digest]pcr.Digest
+}
+
+// predict is the policy for the next boot of a release, nil for the one that runs.
+func (k *Keeper) predict(s *situation, next *image.Expected, c firmwareChange) (p seal.Policy, err error) {
+	bound, err := seal.Literal(k.Policy.Policy, k.SecureBoot)
+	if err != nil {
+		return p, err
+	}
+	if len(bound) == 0 {
+		return policyOf(k.Policy, k.SecureBoot, s.bond, nil)
+	}
+	raw, err := k.EventLog()
+	if err != nil {
+		return p, fmt.Errorf("the firmware's event log: %w", err)
+	}
+	log, err := pcr.ParseLog(raw)
+	if err != nil {
+		return p, err
+	}
+	change := pcr.Change{Variables: c.variables}
+	if change.Running, err = runningOf(log, k.SecureBoot); err != nil {
+		return p, err
+	}
+	change.Next = change.Running
+	if next != nil {
+		if change.Next, err = releaseOf(*next); err != nil {
+			return p, err
+		}
+	}
+	verify(&change.Running, c.now)
+	verify(&change.Next, c.next)
+	values, err := pcr.Predict(log, s.now, change).Of(bound...)
+	if err != nil {
+		return p, err
+	}
+	return policyOf(k.Policy, k.SecureBoot, s.bond, values)
+}
+
+// verify fills in the certificates that are known.
+func verify(r *pcr.Release, certificates map[pcr.Digest]pcr.Digest) {
+	for _, p := range []*pcr.Program{&r.Loader, &r.UKI} {
+		if c, ok := certificates[p.Authenticode]; ok {
+			p.Certificate = c
+		}
+	}
+}
+
+// keeps says which old states stay: those of the other slot as long as it may boot and
+// nothing newer is wanted for it, and those of a change that has yet to happen.
+func (k *Keeper) keeps(s *situation, wanted []SealState) func(name string, t seal.Token) bool {
+	other := k.bootable(s)[1:]
+	var sealed []string
+	for _, w := range wanted {
+		sealed = merge(sealed, splitNames(w.For))
+	}
+	pending := !s.notes.PendingSince.IsZero()
+	return func(name string, t seal.Token) bool {
+		slot, isPending := strings.CutSuffix(name, pendingMark)
+		switch {
+		case t.Counter != nil && s.bond.counter.Max > 0 && t.Counter.Max < s.bond.counter.Max && !s.raise:
+			return false // of an epoch that is over
+		case isPending:
+			return pending && !slices.Contains(sealed, name) && (slot == k.own() || slices.Contains(other, slot))
+		case name == "":
+			return len(other) > 0 // of a release that named no states
+		case !slices.Contains(other, name):
+			return false
+		}
+		// Another policy key is another release's, which the new state does not serve.
+		return !slices.Contains(sealed, name) || string(t.PolicyKeyPEM) != k.Policy.PolicyKeyPEM && len(t.SignedPCRs) > 0
+	}
+}
+
+// sync has the wanted states made, and notes their values.
+func (k *Keeper) sync(s *situation, wanted []SealState, keep func(string, seal.Token) bool) (SyncReport, error) {
+	for _, w := range wanted {
+		digest, err := w.Policy.Digest()
+		if err != nil {
+			return SyncReport{}, err
+		}
+		s.notes.Values[hex.EncodeToString(digest[:])] = pcrTexts(w.Policy.PCRs)
+	}
+	record := &seal.Record{Policy: k.Policy.Policy, PCRs: s.all, Release: k.Name + " " + k.Version}
+	report, err := k.Sync(wanted, keep, record)
+	if err != nil {
+		return report, err
+	}
+	if report.Changed() {
+		k.Log.Info("TPM states", "added", strings.Join(report.Added, ", "), "dropped", strings.Join(report.Dropped, ", "), "kept", strings.Join(report.Kept, ", "))
+	}
+	return report, k.tidy(s)
+}
+
+// tidy forgets values of states that are gone, reads the tokens again and keeps the rest.
+func (k *Keeper) tidy(s *situation) error {
+	before := k.notes()
+	v := k.Volumes[0]
+	h, _, err := luks2.Read(v.Device, v.Device.Size())
+	if err != nil {
+		return err
+	}
+	s.tokens = nil
+	hashes, names := map[string]bool{}, map[string]bool{}
+	for _, t := range tpmTokens(h) {
+		s.tokens = append(s.tokens, t.Token)
+		hashes[hex.EncodeToString(t.PolicyHash[:])] = true
+		for _, n := range splitNames(t.For) {
+			names[n] = true
+		}
+	}
+	maps.DeleteFunc(s.notes.Values, func(hash string, _ map[int]string) bool { return !hashes[hash] })
+	maps.DeleteFunc(s.notes.Releases, func(name string, _ image.Expected) bool { return !names[name] })
+	if same(before, s.notes) {
+		return nil
+	}
+	return k.save(s.notes)
+}
+
+func same(a, b *notes) bool {
+	x, err1 := json.Marshal(a)
+	y, err2 := json.Marshal(b)
+	return err1 == nil && err2 == nil && string(x) == string(y)
+}
+
+// Settled is what [Keeper.Settle] found and did.
+type Settled struct {
+	SyncReport
+	// Repaired says that the TPM opens again after a boot by the recovery key.
+	Repaired string
+	Problems []string
+	// Tokens are those in force.
+	Tokens []seal.Token
+	known  []map[int]pcr.Digest
+}
+
+// Settle makes the states right for what may boot from here. Call it in a boot that is
+// good, not on trial. After a boot that the recovery key opened it seals to the present
+// state, unless the spec wants a person to say so.
+func (k *Keeper) Settle() (r Settled, err error) {
+	s, err := k.look()
+	if err != nil {
+		return r, err
+	}
+	r.Tokens = s.tokens
+	k.countBoot(s)
+	wanted, err := k.present(s)
+	if err != nil {
+		return r, err
+	}
+	if k.Method == "recovery" && k.Policy.Repair == repairManual && s.notes.Suspended == nil && !s.live(wanted[0].Policy) {
+		r.Problems = append(r.Problems, "the TPM will not open the data volumes at the next start either; if this state of the box is as it should be, run holdfast-agent reseal")
+		return r, nil
+	}
+	k.settlePending(s, wanted)
+	wanted = append(wanted, k.suspendedState(s)...)
+	opens := s.live(wanted[0].Policy)
+	if r.SyncReport, err = k.syncAndRaise(s, wanted, k.keeps(s, wanted)); err != nil {
+		return r, err
+	}
+	r.Tokens, r.known = s.tokens, k.knownValues(s)
+	if k.Method == "recovery" && !opens {
+		r.Repaired = "sealed to the present state, after a start that the recovery key opened; the TPM opens the data volumes again"
+	}
+	return r, nil
+}
+
+// knownValues are the registers by which states are explained.
+func (k *Keeper) knownValues(s *situation) []map[int]pcr.Digest {
+	known := []map[int]pcr.Digest{s.now}
+	for _, values := range s.notes.Values {
+		known = append(known, pcrValues(values))
+	}
+	return known
+}
+
+// countBoot counts a suspension down, once in a boot.
+func (k *Keeper) countBoot(s *situation) {
+	p := s.notes.Suspended
+	if p == nil {
+		return
+	}
+	if p.LastBoot != k.BootID {
+		p.BootsLeft--
+		p.LastBoot = k.BootID
+	}
+	if p.over(k.Now()) {
+		k.Log.Info("the suspension of protection has ended")
+		s.notes.Suspended = nil
+	}
+}
+
+// suspendedState is wanted while a suspension lasts.
+func (k *Keeper) suspendedState(s *situation) []SealState {
+	if s.notes.Suspended == nil {
+		return nil
+	}
+	return []SealState{{For: suspendedName, Policy: relaxed(k.Policy, s.bond)}}
+}
+
+// settlePending forgets a change that has happened, or that does not.
+func (k *Keeper) settlePending(s *situation, wanted []SealState) {
+	if s.notes.PendingSince.IsZero() {
+		return
+	}
+	digest, err := wanted[0].Policy.Digest()
+	happened := err == nil && slices.ContainsFunc(s.tokens, func(t seal.Token) bool {
+		return t.PolicyHash == digest && slices.Contains(splitNames(t.For), k.own()+pendingMark)
+	})
+	age := k.Now().Sub(s.notes.PendingSince)
+	if happened || age > pendingTime || age < -pendingTime {
+		s.notes.PendingSince = time.Time{}
+	}
+}
+
+// syncAndRaise is sync, and the counter's increment between sealing for an epoch and
+// dropping what was before.
+func (k *Keeper) syncAndRaise(s *situation, wanted []SealState, keep func(string, seal.Token) bool) (SyncReport, error) {
+	if !s.raise {
+		return k.sync(s, wanted, keep)
+	}
+	first, err := k.sync(s, wanted, func(string, seal.Token) bool { return true })
+	if err != nil {
+		return first, err
+	}
+	if err := k.increment(s.bond.counter); err != nil {
+		return first, err
+	}
+	k.Log.Info("security epoch", "epoch", s.bond.epoch, "counter", s.bond.counter.Max)
+	s.raise = false
+	second, err := k.sync(s, wanted, keep)
+	second.Added = first.Added
+	return second, err
+}
+
+// increment brings the counter to the bound.
+func (k *Keeper) increment(to seal.Counter) error {
+	tpm, err := k.OpenTPM()
+	if err != nil {
+		return err
+	}
+	if c, ok := tpm.(io.Closer); ok {
+		defer c.Close()
+	}
+	now, err := seal.ReadCounter(tpm, to.Index)
+	if err != nil || now >= to.Max {
+		return err
+	}
+	_, err = seal.IncrementCounter(tpm, to.Index)
+	return err
+}
+
+// Prepare seals for the first boot of a release that is to be written into a slot,
+// where its state is another one than the present. Call it before the slot's boot
+// entry can exist; an error says why the box could not open its data with it.
+func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
+	s, err := k.look()
+	if err != nil {
+		return err
+	}
+	wanted, err := k.present(s)
+	if err != nil {
+		return err
+	}
+	name := slotName(slot, m.Version)
+	next, err := k.predict(s, &m.Expected, firmwareChange{})
+	if err != nil && !ofRelease(k.Policy, k.SecureBoot) {
+		// What the policy binds is the firmware's, and stays.
+		k.Log.Info("the next start is not predicted", "reason", err)
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("release %s could not open the data volumes without the recovery key: policy %s binds it, and its first start cannot be predicted: %w",
+			m.Version, k.Policy.Policy, err)
+	}
+	if s.live(next) && !ofRelease(k.Policy, k.SecureBoot) {
+		return nil
+	}
+	wanted = append(wanted, SealState{For: name, Policy: next})
+	wanted = append(wanted, k.pendingStates(s, name, &m.Expected)...)
+	wanted = append(wanted, k.suspendedState(s)...)
+	s.notes.Releases[name] = m.Expected
+	_, err = k.sync(s, wanted, k.keeps(s, wanted))
+	return err
+}
+
+// pendingStates are those of a release after the change of variables that somebody had
+// sealed for; none when there is no such change.
+func (k *Keeper) pendingStates(s *situation, name string, e *image.Expected) []SealState {
+	if s.notes.PendingSince.IsZero() {
+		return nil
+	}
+	variables, err := k.Variables()
+	if err != nil {
+		return nil
+	}
+	p, err := k.predict(s, e, firmwareChange{variables: variables})
+	if err != nil {
+		return nil
+	}
+	return []SealState{{For: name + pendingMark, Policy: p}}
+}
+
+// ResealOptions say what besides the present state to seal for.
+type ResealOptions struct {
+	// DBX, when set, is an update of the revocation list that is about to be written:
+	// an .auth file, or signature lists to be appended.
+	DBX []byte
+	// Suspend seals, for so many boots, for every state of the firmware.
+	Suspend int
+}
+
+// Reseal seals to the present state of the box and, where the firmware's variables are
+// not what this boot found, to that of its next boot (F1). Somebody asks for it: it
+// is not done by itself, because the variables may have been changed by anybody.
+func (k *Keeper) Reseal(o ResealOptions) (SyncReport, error) {
+	if o.Suspend < 0 || o.Suspend > MaxSuspendBoots {
+		return SyncReport{}, fmt.Errorf("suspend protection for %d boots: 1 to %d are possible", o.Suspend, MaxSuspendBoots)
+	}
+	s, err := k.look()
+	if err != nil {
+		return SyncReport{}, err
+	}
+	if o.Suspend > 0 {
+		s.notes.Suspended = &suspension{BootsLeft: o.Suspend, Since: k.Now().UTC(), LastBoot: k.BootID}
+	}
+	variables, err := k.Variables()
+	if err == nil && o.DBX != nil {
+		variables, err = withDBX(variables, o.DBX)
+	}
+	var more []SealState
+	if err == nil {
+		more, err = k.changed(s, firmwareChange{variables: variables})
+	}
+	if err != nil && o.DBX != nil {
+		return SyncReport{}, err
+	}
+	if err != nil {
+		k.Log.Info("the next start is not predicted", "reason", err)
+	}
+	return k.reseal(s, more)
+}
+
+// SealChange seals for the present state and for the next boot with changed variables:
+// all of PK, KEK, db and dbx. now and next are the certificates in db that verify the
+// boot loader and the kernel images, by the programs' Authenticode digests; nil where
+// no certificate changes. Call it before the variables are written (F9).
+func (k *Keeper) SealChange(variables map[string][]byte, now, next map[pcr.Digest]pcr.Digest) error {
+	s, err := k.look()
+	if err != nil {
+		return err
+	}
+	more, err := k.changed(s, firmwareChange{variables, now, next})
+	if err != nil {
+		return err
+	}
+	_, err = k.reseal(s, more)
+	return err
+}
+
+// reseal seals for the present and for what comes.
+func (k *Keeper) reseal(s *situation, more []SealState) (SyncReport, error) {
+	wanted, err := k.present(s)
+	if err != nil {
+		return SyncReport{}, err
+	}
+	if len(more) > 0 {
+		s.notes.PendingSince = k.Now().UTC()
+	}
+	wanted = append(append(wanted, more...), k.suspendedState(s)...)
+	return k.syncAndRaise(s, wanted, k.keeps(s, wanted))
+}
+
+// changed are the states after the firmware's variables have changed; none when that
+// makes no difference.
+func (k *Keeper) changed(s *situation, c firmwareChange) ([]SealState, error) {
+	p, err := k.predict(s, nil, c)
+	if err != nil {
+		return nil, err
+	}
+	now, err := policyOf(k.Policy, k.SecureBoot, s.bond, s.now)
+	if err != nil {
+		return nil, err
+	}
+	names := k.bootable(s)
+	if samePolicy(now, p) {
+		return nil, nil
+	}
+	if !ofRelease(k.Policy, k.SecureBoot) {
+		for i := range names {
+			names[i] += pendingMark
+		}
+		return []SealState{{For: joinNames(names), Policy: p}}, nil
+	}
+	states := []SealState{{For: names[0] + pendingMark, Policy: p}}
+	for _, n := range names[1:] {
+		if e, ok := s.notes.Releases[n]; ok {
+			if p, err := k.predict(s, &e, c); err == nil {
+				states = append(states, SealState{For: n + pendingMark, Policy: p})
+			}
+		}
+	}
+	return states, nil
+}
+
+func samePolicy(a, b seal.Policy) bool {
+	x, err1 := a.Digest()
+	y, err2 := b.Digest()
+	return err1 == nil && err2 == nil && x == y
+}
+
+// withDBX is the variables after an update of dbx: an authenticated one, as vendors
+// give out, or the bare lists.
+func withDBX(variables map[string][]byte, update []byte) (map[string][]byte, error) {
+	after, err := pcr.VariableAfter(variables["dbx"], update, true)
+	if err != nil {
+		bare, err2 := pcr.AppendSignatures(variables["dbx"], update)
+		if err2 != nil {
+			return nil, fmt.Errorf("the update of dbx is neither an authenticated one (%w) nor signature lists (%w)", err, err2)
+		}
+		after = bare
+	}
+	variables = maps.Clone(variables)
+	variables["dbx"] = after
+	return variables, nil
+}
+
+// NextBoot says, in sentences, why the next boot of this release would not open the data
+// volumes by the TPM (F1): somebody has changed the firmware's variables since this boot
+// measured them.
+func (k *Keeper) NextBoot() ([]string, error) {
+	bound, err := seal.Literal(k.Policy.Policy, k.SecureBoot)
+	if err != nil || !slices.Contains(bound, 7) {
+		return nil, err
+	}
+	variables, err := k.Variables()
+	if err != nil {
+		return nil, err
+	}
+	s, err := k.look()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := k.predict(s, nil, firmwareChange{}); err != nil {
+		return nil, err // nothing can be said of this box
+	}
+	next, err := k.predict(s, nil, firmwareChange{variables: variables})
+	remedy := "if that was meant to be, run holdfast-agent reseal before the next start; if not, somebody tampers with the firmware's keys"
+	switch suspended := relaxed(k.Policy, s.bond); {
+	case s.live(suspended) && s.notes.Suspended != nil:
+		return nil, nil
+	case err != nil:
+		return []string{fmt.Sprintf("the firmware's Secure Boot variables were changed since this start, and what the next one measures cannot be told (%v): keep the recovery key at hand", err)}, nil
+	case s.live(next):
+		return nil, nil
+	}
+	return []string{"the firmware's Secure Boot variables were changed since this start, and the TPM would not open the data volumes at the next one: " + remedy}, nil
+}

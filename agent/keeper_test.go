@@ -1,0 +1,758 @@
+package agent
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+	"unicode/utf16"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// platform plays a UEFI firmware and systemd's stub: what they measure goes into the
+// TPM and into a log of the TCG's form.
+type platform struct {
+	code       string
+	secureBoot bool
+	variables  map[string][]byte
+	tpm        seal.TPM
+	log        pcr.Log
+}
+
+func newPlatform(secureBoot bool) *platform {
+	return &platform{code: "firmware 1", secureBoot: secureBoot, variables: map[string][]byte{
+		"PK": signatureList("platform"), "KEK": signatureList("exchange"), "db": signatureList("vendor's"), "dbx": {},
+	}}
+}
+
+// signatureList is an EFI_SIGNATURE_LIST with one thing that stands for a certificate
+// (UEFI 2.10 §32.4.1).
+func signatureList(certificate string) []byte {
+	b, _ := hex.DecodeString("a159c0a5e494a74a87b5ab155c2bf072") // EFI_CERT_X509_GUID
+	entry := append(make([]byte, signatureOwnerBytes), certificate...)
+	b = binary.LittleEndian.AppendUint32(b, uint32(28+len(entry)))
+	b = binary.LittleEndian.AppendUint32(b, 0)
+	b = binary.LittleEndian.AppendUint32(b, uint32(len(entry)))
+	return append(b, entry...)
+}
+
+// measure extends and logs; the digest is that of the data unless there is another.
+func (f *platform) measure(t testing.TB, index int, kind pcr.EventType, data []byte, digest *pcr.Digest) {
+	t.Helper()
+	d := sha256.Sum256(data)
+	if digest != nil {
+		d = *digest
+	}
+	_, err := tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(index), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: d[:]}}},
+	}.Execute(f.tpm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.log.Events = append(f.log.Events, pcr.Event{
+		PCR: uint32(index), Type: kind, Data: data, Digests: []pcr.TaggedDigest{{Alg: pcr.SHA256, Digest: d[:]}},
+	})
+}
+
+// variable is a UEFI_VARIABLE_DATA (PFP §10.4.1).
+func variable(guid, name string, data []byte) []byte {
+	b, _ := hex.DecodeString(guid)
+	units := utf16.Encode([]rune(name))
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(units)))
+	b = binary.LittleEndian.AppendUint64(b, uint64(len(data)))
+	for _, u := range units {
+		b = binary.LittleEndian.AppendUint16(b, u)
+	}
+	return append(b, data...)
+}
+
+const (
+	globalGUID   = "61dfe48bca93d211aa0d00e098032b8c"
+	databaseGUID = "cbb219d73a3d9645a3bcdad00e67656f"
+)
+
+// boot measures a start of the release, up to the initrd.
+func (f *platform) boot(t testing.TB, version string) {
+	t.Helper()
+	f.log = pcr.Log{Class: pcr.CryptoAgile, Header: specID()}
+	f.measure(t, 0, pcr.EventSCRTMVersion, []byte(f.code), nil)
+	f.measure(t, 2, pcr.EventEFIAction, []byte("option ROM"), nil)
+	on := byte(0)
+	if f.secureBoot {
+		on = 1
+	}
+	f.measure(t, 7, pcr.EventVariableDriverConfig, variable(globalGUID, "SecureBoot", []byte{on}), nil)
+	for _, name := range []string{"PK", "KEK", "db", "dbx"} {
+		guid := globalGUID
+		if name[0] == 'd' {
+			guid = databaseGUID
+		}
+		f.measure(t, 7, pcr.EventVariableDriverConfig, variable(guid, name, f.variables[name]), nil)
+	}
+	for i := range 8 {
+		f.measure(t, i, pcr.EventSeparator, make([]byte, 4), nil)
+	}
+	f.measure(t, 4, pcr.EventEFIAction, []byte("Calling EFI Application from Boot Option"), nil)
+	if f.secureBoot {
+		f.measure(t, 7, pcr.EventVariableAuthority, variable(databaseGUID, "db", f.variables["db"][28:]), nil)
+	}
+	programs := []string{"loader", "uki " + version}
+	if !f.secureBoot {
+		programs = append(programs, "linux "+version)
+	}
+	for _, p := range programs {
+		d := pcr.Digest(sha256.Sum256([]byte(p)))
+		f.measure(t, 4, pcr.EventBootServicesApp, make([]byte, 32), &d)
+		if p == programs[1] {
+			for _, m := range sectionsOf(version) {
+				f.measure(t, 11, pcr.EventIPL, append([]byte(m[0]), 0), nil)
+				f.measure(t, 11, pcr.EventIPL, []byte(m[1]), nil)
+			}
+		}
+	}
+}
+
+// specID is a TCG_EfiSpecIDEvent with SHA-256 (PFP §10.4.5.1).
+func specID() *pcr.Event {
+	data := append([]byte("Spec ID Event03\x00"), 0, 0, 0, 0, 0, 2, 0, 2)
+	data = binary.LittleEndian.AppendUint32(data, 1)
+	data = binary.LittleEndian.AppendUint16(data, uint16(pcr.SHA256))
+	data = binary.LittleEndian.AppendUint16(data, 32)
+	return &pcr.Event{Type: pcr.EventNoAction, Digests: []pcr.TaggedDigest{{Alg: pcr.SHA1, Digest: make([]byte, 20)}}, Data: append(data, 0)}
+}
+
+func sectionsOf(version string) [][2]string {
+	return [][2]string{{".linux", "kernel " + version}, {".cmdline", "roothash " + version}}
+}
+
+// expectedOf are the reference values of a release.
+func expectedOf(version string) image.Expected {
+	var measured []pcr.Measured
+	for _, s := range sectionsOf(version) {
+		measured = append(measured, pcr.Measured{Name: s[0], SHA256: sha256.Sum256([]byte(s[1]))})
+	}
+	hash := func(s string) string { d := sha256.Sum256([]byte(s)); return hex.EncodeToString(d[:]) }
+	stub := pcr.UKI(measured)
+	return image.Expected{
+		PCR11:              map[string]string{"": hex.EncodeToString(stub[:])},
+		LoaderAuthenticode: hash("loader"), UKIAuthenticode: hash("uki " + version), LinuxAuthenticode: hash("linux " + version),
+		DBCertificateSHA256: hash("vendor's"),
+	}
+}
+
+// signaturesOf is the .pcrsig section of a release of that epoch.
+func signaturesOf(t testing.TB, version string, epoch uint64) []byte {
+	t.Helper()
+	stub, err := parseDigest(expectedOf(version).PCR11[""])
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := seal.SignEpochs(vendorKey(), pcr.Extend(stub, []byte(phaseEnterInitrd)), epoch)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := list.Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// station is a whole appliance: slots, data volumes, TPM and firmware.
+type station struct {
+	*box
+	a  *appliance
+	fw *platform
+	s  *session
+	k  *Keeper
+	// epochs of releases; others have the policy's.
+	epochs map[string]int64
+	boots  int
+	now    time.Time
+}
+
+// newStation is a box with release 1.0.0 in slot a, provisioned.
+func newStation(t *testing.T, policy image.SealPolicy, secureBoot bool, versions ...string) *station {
+	t.Helper()
+	return newStationTyped(t, policy, secureBoot, "", versions...)
+}
+
+// newStationTyped has a person at the first boot.
+func newStationTyped(t *testing.T, policy image.SealPolicy, secureBoot bool, typed string, versions ...string) *station {
+	t.Helper()
+	v := newVendor(t)
+	for _, version := range append([]string{"1.0.0"}, versions...) {
+		v.publish(version, releaseOptions{expected: expectedOf(version)})
+	}
+	st := &station{
+		box: newBox(t, 2), a: &appliance{vendor: v, dev: v.newDisk("1.0.0"), dir: filepath.Join(t.TempDir(), "update"), now: today},
+		fw: newPlatform(secureBoot), epochs: map[string]int64{}, now: today,
+	}
+	st.policy, st.secureBoot, st.fw.tpm = policy, secureBoot, st.tpm
+	st.start(typed, "provisioned")
+	return st
+}
+
+// start boots what the loader chooses, and wants the volumes open by that method.
+func (st *station) start(typed, method string) {
+	st.t.Helper()
+	if err := st.try(typed); err != nil {
+		st.t.Fatalf("%v\nconsole: %s\nlog: %s", err, st.s.console.out.String(), st.s.log.text.String())
+	}
+	st.s.wantOpen(method)
+}
+
+// try boots, up to the system. A slot that is not on trial settles.
+func (st *station) try(typed string) error {
+	st.t.Helper()
+	if err := st.a.load(); err != nil {
+		st.t.Fatal(err)
+	}
+	r, err := st.a.whole(st.a.on)
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	st.boots++
+	st.tpm.Reset()
+	st.fw.boot(st.t, r.Version)
+	st.policy.Epoch = cmp.Or(st.epochs[r.Version], st.policy.Epoch)
+	st.version, st.slot, st.log = r.Version, string(st.a.on.Slot), st.fw.log.Marshal()
+	st.signatures = signaturesOf(st.t, r.Version, uint64(st.policy.Epoch))
+	st.onTrial = st.a.on.Counted
+	if st.s, err = st.boot(typed); err != nil {
+		return err
+	}
+	if err := st.a.start(r); err != nil {
+		st.t.Fatal(err)
+	}
+	st.k = st.keeper()
+	st.a.u.Prepare = st.k.Prepare
+	return nil
+}
+
+func (st *station) keeper() *Keeper {
+	sealer := st.s.sealer()
+	signatures, err := seal.ParseSignatures(st.signatures)
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	sealer.Signatures = signatures
+	log := st.log
+	return &Keeper{
+		Sealer: *sealer, Policy: st.description().Appliance.Seal, Name: "testbox", Version: st.version, Slot: partition.Slot(st.slot),
+		SecureBoot: st.s.status.SecureBoot, Method: st.s.status.Volumes[0].Method, PCRs: pcrValues(st.s.status.PCRs),
+		OpenDisk: func() (*partition.Disk, io.Closer, error) {
+			d, err := partition.Open(st.a.dev)
+			return d, io.NopCloser(nil), err
+		},
+		EventLog:  func() ([]byte, error) { return log, nil },
+		Variables: func() (map[string][]byte, error) { return maps.Clone(st.fw.variables), nil },
+		BootID:    fmt.Sprint(st.boots), Now: func() time.Time { return st.now },
+	}
+}
+
+func (st *station) mustSettle() Settled {
+	st.t.Helper()
+	r, err := st.k.Settle()
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	return r
+}
+
+// good is a boot that turned out well.
+func (st *station) good() Settled {
+	st.t.Helper()
+	if st.a.on.Counted {
+		st.a.bless()
+	}
+	return st.mustSettle()
+}
+
+func (st *station) apply(version string) {
+	st.t.Helper()
+	st.a.mustApply(st.a.source(), version, version)
+}
+
+// TestUpdatesOfEachPolicy updates, and falls back, under each policy, with Secure Boot
+// and without. The volumes open by the TPM at every boot (F48, F50).
+func TestUpdatesOfEachPolicy(t *testing.T) {
+	for _, policy := range []string{seal.PolicyStandard, seal.PolicyStrict, seal.PolicyRollbackProof, seal.PolicyDiskTheftOnly} {
+		for _, secureBoot := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s, Secure Boot %v", policy, secureBoot), func(t *testing.T) {
+				st := newStation(t, image.SealPolicy{Policy: policy, Epoch: 1}, secureBoot, "1.1.0", "1.2.0")
+				st.mustSettle()
+				st.wantStates("slot a 1.0.0")
+				st.start("", "tpm")
+				if n := st.s.status.Boot.TPMCommands; n > 12 {
+					t.Errorf("%d TPM commands in a later boot", n)
+				}
+				ofRelease := policy == seal.PolicyStrict || !secureBoot && policy != seal.PolicyDiskTheftOnly
+				st.mustSettle()
+				st.apply("1.1.0")
+				if ofRelease {
+					st.wantStates("slot a 1.0.0", "slot b 1.1.0")
+				}
+				st.start("", "tpm")
+				if st.version != "1.1.0" {
+					t.Fatalf("%s boots", st.version)
+				}
+				r := st.good()
+				if ofRelease {
+					st.wantStates("slot a 1.0.0", "slot b 1.1.0")
+				} else {
+					st.wantStates("slot b 1.1.0; slot a 1.0.0")
+				}
+				if len(r.Problems) > 0 || r.Repaired != "" {
+					t.Errorf("settled: %+v", r)
+				}
+				st.start("", "tpm")
+				if n := st.s.status.Boot.TPMCommands; n > 12 {
+					t.Errorf("%d TPM commands in the second boot of an update", n)
+				}
+				st.mustSettle()
+				// One that never gets well.
+				st.apply("1.2.0")
+				for range updateTries {
+					st.start("", "tpm")
+					if st.version != "1.2.0" {
+						t.Fatalf("%s boots", st.version)
+					}
+				}
+				st.start("", "tpm")
+				if st.version != "1.1.0" {
+					t.Fatalf("%s boots after the trial", st.version)
+				}
+				st.mustSettle()
+				st.wantStates("slot b 1.1.0")
+				if left := st.tpm.Handles(); left != 0 {
+					t.Errorf("%d handles left in the TPM", left)
+				}
+			})
+		}
+	}
+}
+
+// TestThreeUpdatesWithoutReboot: none of them is authorised by the TPM, the states do
+// not pile up, and what was there before the first still boots (F48).
+func TestThreeUpdatesWithoutReboot(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStrict}, true, "1.1.0", "1.2.0", "1.3.0")
+	st.mustSettle()
+	for _, version := range []string{"1.1.0", "1.2.0", "1.3.0"} {
+		st.apply(version)
+	}
+	st.wantStates("slot a 1.0.0", "slot b 1.2.0", "slot b 1.3.0")
+	unseals := st.s.tpmLog.sent[commandUnseal]
+	for range updateTries {
+		st.start("", "tpm")
+		if st.version != "1.3.0" {
+			t.Fatalf("%s boots", st.version)
+		}
+	}
+	if unseals != 2 { // the trial of the first seal, and nothing since
+		t.Logf("%d unseals in the boot of the updates", unseals)
+	}
+	st.start("", "tpm")
+	if st.version != "1.0.0" {
+		t.Fatalf("%s boots", st.version)
+	}
+	st.mustSettle()
+	st.wantStates("slot a 1.0.0")
+}
+
+// TestUnpredictable: without a log there is no telling, and the box takes nothing that
+// it could not start.
+func TestUnpredictable(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, false, "1.1.0")
+	st.k.EventLog = func() ([]byte, error) { return nil, fs.ErrNotExist }
+	before := st.disk.(*partition.Memory).Clone()
+	_, err := st.a.u.Apply(t.Context(), st.a.source(), "test", "1.1.0")
+	if !errors.Is(err, errUnfit) || !strings.Contains(err.Error(), "could not open the data volumes without the recovery key") {
+		t.Errorf("error %v", err)
+	}
+	wantSame(t, before, st.disk)
+	st.a.wantEntries("a 1.0.0")
+	// With Secure Boot another release changes nothing that is bound.
+	st = newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true, "1.1.0")
+	st.k.EventLog = func() ([]byte, error) { return nil, fs.ErrNotExist }
+	st.apply("1.1.0")
+}
+
+// TestRepair: after other firmware, the recovery key opens once.
+func TestRepair(t *testing.T) {
+	for _, repair := range []string{"", repairManual} {
+		t.Run(cmp.Or(repair, "automatic"), func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: seal.PolicyStrict, Repair: repair}, true, "1.1.0")
+			key := st.s.recoveryKey()
+			st.mustSettle()
+			st.fw.code = "firmware 2"
+			st.start(key+"\n", "recovery")
+			r := st.mustSettle()
+			if repair == repairManual {
+				if len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "holdfast-agent reseal") || r.Changed() {
+					t.Errorf("settled: %+v", r)
+				}
+				if _, err := st.k.Reseal(ResealOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			} else if !strings.Contains(r.Repaired, "sealed to the present state") || len(r.Added) != 1 || len(r.Dropped) != 1 {
+				t.Errorf("settled: %+v", r)
+			}
+			st.wantStates("slot a 1.0.0")
+			st.start("", "tpm")
+			if r := st.mustSettle(); r.Changed() || r.Repaired != "" {
+				t.Errorf("settled again: %+v", r)
+			}
+			// Another TPM, with the same registers (F37).
+			st.tpm.Swap()
+			st.start(key+"\n", "recovery")
+			if r = st.mustSettle(); repair == repairManual {
+				if len(r.Problems) != 1 || r.Changed() {
+					t.Errorf("settled with another TPM: %+v", r)
+				}
+				if _, err := st.k.Reseal(ResealOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			} else if r.Repaired == "" {
+				t.Errorf("settled with another TPM: %+v", r)
+			}
+			st.start("", "tpm")
+		})
+	}
+}
+
+// TestRepairImpossible: without a TPM nothing is sealed, and nothing is lost (F52).
+func TestRepairImpossible(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	key := st.s.recoveryKey()
+	st.fw.variables["dbx"] = signatureList("revoked")
+	st.start(key+"\n", "recovery")
+	st.noTPM = seal.ErrNoTPM
+	before := st.disk.(*partition.Memory).Clone()
+	if _, err := st.k.Settle(); !errors.Is(err, seal.ErrNoTPM) {
+		t.Errorf("error %v", err)
+	}
+	wantSame(t, before, st.disk)
+	st.noTPM = nil
+	st.start(key+"\n", "recovery")
+	st.mustSettle()
+	st.start("", "tpm")
+}
+
+// TestPendingChange: somebody writes dbx at run time (F1).
+func TestPendingChange(t *testing.T) {
+	for _, policy := range []string{seal.PolicyStandard, seal.PolicyStrict} {
+		t.Run(policy, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: policy}, true, "1.1.0")
+			st.mustSettle()
+			st.apply("1.1.0")
+			st.start("", "tpm")
+			st.good()
+			if w, err := st.k.NextBoot(); err != nil || len(w) > 0 {
+				t.Errorf("warnings %q, %v", w, err)
+			}
+			st.fw.variables["dbx"] = signatureList("revoked")
+			w, err := st.k.NextBoot()
+			if err != nil || len(w) != 1 || !strings.Contains(w[0], "holdfast-agent reseal") {
+				t.Errorf("warnings %q, %v", w, err)
+			}
+			if r := st.mustSettle(); r.Changed() {
+				t.Errorf("sealed to the change without being asked to: %+v", r)
+			}
+			if _, err := st.k.Reseal(ResealOptions{}); err != nil {
+				t.Fatal(err)
+			}
+			if policy == seal.PolicyStandard {
+				st.wantStates("slot b 1.1.0; slot a 1.0.0", "slot b 1.1.0, pending; slot a 1.0.0, pending")
+			} else {
+				st.wantStates("slot b 1.1.0", "slot a 1.0.0", "slot b 1.1.0, pending")
+			}
+			if w, err := st.k.NextBoot(); err != nil || len(w) > 0 {
+				t.Errorf("warnings after the reseal %q, %v", w, err)
+			}
+			st.mustSettle() // nothing happens to what is pending
+			st.start("", "tpm")
+			st.mustSettle()
+			if policy == seal.PolicyStandard {
+				st.wantStates("slot b 1.1.0; slot a 1.0.0")
+			} else {
+				st.wantStates("slot b 1.1.0", "slot a 1.0.0")
+			}
+			st.start("", "tpm")
+		})
+	}
+}
+
+// TestPredictDBX seals before an update of dbx is written.
+func TestPredictDBX(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	if _, err := st.k.Reseal(ResealOptions{DBX: []byte("<html>")}); err == nil || !strings.Contains(err.Error(), "update of dbx") {
+		t.Errorf("error %v", err)
+	}
+	dbx := signatureList("revoked")
+	if _, err := st.k.Reseal(ResealOptions{DBX: dbx}); err != nil {
+		t.Fatal(err)
+	}
+	st.wantStates("slot a 1.0.0", "slot a 1.0.0, pending")
+	st.start("", "tpm") // before it is written
+	st.mustSettle()
+	st.wantStates("slot a 1.0.0", "slot a 1.0.0, pending")
+	st.fw.variables["dbx"] = dbx
+	st.start("", "tpm")
+	st.mustSettle()
+	st.wantStates("slot a 1.0.0")
+	// One that never comes is forgotten.
+	if _, err := st.k.Reseal(ResealOptions{DBX: signatureList("others")}); err != nil {
+		t.Fatal(err)
+	}
+	st.now = st.now.Add(pendingTime + time.Hour)
+	st.start("", "tpm")
+	st.mustSettle()
+	st.wantStates("slot a 1.0.0")
+}
+
+// TestSuspend: for some boots any state of the firmware will do (F8).
+func TestSuspend(t *testing.T) {
+	for _, policy := range []string{seal.PolicyStandard, seal.PolicyStrict, seal.PolicyRollbackProof} {
+		t.Run(policy, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: policy, Epoch: 1}, true)
+			st.mustSettle()
+			if _, err := st.k.Reseal(ResealOptions{Suspend: MaxSuspendBoots + 1}); err == nil {
+				t.Error("suspended for ever")
+			}
+			if _, err := st.k.Reseal(ResealOptions{Suspend: 2}); err != nil {
+				t.Fatal(err)
+			}
+			st.wantStates("slot a 1.0.0", "suspended")
+			st.fw.code, st.fw.variables["dbx"] = "firmware 2", signatureList("revoked")
+			st.start("", "tpm")
+			if d := strings.Join(st.s.status.Degraded, "\n"); !strings.Contains(d, `state "suspended"`) {
+				t.Errorf("degraded: %s", d)
+			}
+			st.mustSettle()
+			st.mustSettle() // the same boot
+			st.wantStates("slot a 1.0.0", "suspended")
+			st.fw.code = "firmware 3"
+			st.start("", "tpm")
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+			st.start("", "tpm")
+			if len(st.s.status.Degraded) > 0 {
+				t.Errorf("degraded: %q", st.s.status.Degraded)
+			}
+			// And by its age.
+			if _, err := st.k.Reseal(ResealOptions{Suspend: 10}); err != nil {
+				t.Fatal(err)
+			}
+			st.now = st.now.Add(suspendTime + time.Minute)
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+		})
+	}
+}
+
+// TestEpochs: a release of a higher epoch raises the counter when it is good, and not
+// before; headers of the past do not open from then on.
+func TestEpochs(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyRollbackProof, Epoch: 1}, true, "2.0.0")
+	st.epochs["1.0.0"], st.epochs["2.0.0"] = 1, 2
+	st.mustSettle()
+	st.apply("2.0.0")
+	before, err := seal.ReadCounter(st.tpm, seal.CounterIndex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	st.start("", "tpm")
+	old := st.disk.(*partition.Memory).Clone()
+	if now, err := seal.ReadCounter(st.tpm, seal.CounterIndex); err != nil || now != before {
+		t.Errorf("counter %d on trial, %d before; %v", now, before, err)
+	}
+	// Cut after the new state was written and before the counter.
+	cut := *st.k
+	opened := 0
+	cut.OpenTPM = func() (seal.TPM, error) {
+		if opened++; opened == 3 {
+			return nil, errors.New("power cut")
+		}
+		return st.tpm, nil
+	}
+	st.a.bless()
+	if _, err := cut.Settle(); err == nil || !strings.Contains(err.Error(), "power cut") {
+		t.Fatalf("error %v", err)
+	}
+	if n := len(tokensOn(t, st.box)); n != 2 {
+		t.Errorf("%d tokens after the cut", n)
+	}
+	st.start("", "tpm")
+	st.mustSettle()
+	if now, err := seal.ReadCounter(st.tpm, seal.CounterIndex); err != nil || now != before+1 {
+		t.Errorf("counter %d, %d before; %v", now, before, err)
+	}
+	if list := tokensOn(t, st.box); len(list) != 1 || list[0].Ref != seal.EpochRef(2) || list[0].Counter.Max != before+1 {
+		t.Errorf("tokens %+v", list)
+	}
+	st.start("", "tpm")
+	if r := st.mustSettle(); r.Changed() {
+		t.Errorf("settled again: %+v", r)
+	}
+	// The old header, put back.
+	st.disk = old
+	if err := st.try("poweroff\n"); !errors.Is(err, ErrPowerOff) {
+		t.Errorf("with an old header: %v", err)
+	}
+}
+
+func tokensOn(t *testing.T, b *box) (list []seal.Token) {
+	t.Helper()
+	p := b.parts()[0]
+	h, _, err := luks2.Read(p.Device, p.Device.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, token := range tpmTokens(h) {
+		list = append(list, token.Token)
+	}
+	return list
+}
+
+// TestPIN: chosen at the first boot, asked for at each, and known to updates.
+func TestPIN(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBox(t, 2)
+		b.policy.PIN = true
+		// A power cut after the use of a PIN counts as a wrong one (F31); swtpm allows three.
+		next := func() {
+			b.tpm.Reboot()
+			b.powerOn()
+		}
+		first := b.mustBoot("12\npoweroff\n4711é\n4712\n4711é\n4711é\n", "provisioned")
+		key := first.recoveryKey()
+		out := first.console.out.String()
+		for _, want := range []string{"at least 4 characters", "takes for a command", "the two differ", "the same once more"} {
+			if !strings.Contains(out, want) {
+				t.Errorf("console %q, want %q in it", out, want)
+			}
+		}
+		next()
+		s := b.mustBoot("wrong pin\n4711é\n", "tpm")
+		if out := s.console.out.String(); strings.Count(out, "PIN (or: recovery, reboot, poweroff): ") != 2 || !strings.Contains(out, "this is not the PIN") || strings.Contains(out, "recovery key") {
+			t.Errorf("console %q", out)
+		}
+		for _, log := range []*session{first, s} {
+			if strings.Contains(log.log.text.String(), "4711") {
+				t.Error("the PIN is in the log")
+			}
+		}
+		next()
+		s = b.mustBoot("recovery\n"+key+"\n", "recovery")
+		next()
+		if _, err := b.boot("reboot\n"); !errors.Is(err, ErrReboot) {
+			t.Errorf("reboot: %v", err)
+		}
+		// A recovery key at the wrong prompt costs the TPM nothing.
+		next()
+		s = b.mustBoot(key+"\n4711é\n", "tpm")
+		if n := s.tpmLog.sent[commandUnseal]; n != 1 {
+			t.Errorf("%d unseals", n)
+		}
+		info, err := os.Stat(filepath.Join(s.m.Root, "data", stateFolder, pinFile))
+		if err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%v, %v", info, err)
+		}
+		// A changed state of the firmware wants the PIN and the recovery key apart.
+		next()
+		b.tpm.Extend(7, "other keys")
+		s = b.mustBoot(key+"\n", "recovery")
+		if strings.Contains(s.console.out.String(), "PIN (or") {
+			t.Errorf("console %q", s.console.out.String())
+		}
+	})
+}
+
+// TestUpdateWithPIN seals for the next release without asking anybody.
+func TestUpdateWithPIN(t *testing.T) {
+	v := image.SealPolicy{Policy: seal.PolicyStrict, PIN: true}
+	st := newStationTyped(t, v, true, "1234\n1234\n", "1.1.0")
+	st.mustSettle()
+	st.apply("1.1.0")
+	st.start("1234\n", "tpm")
+	if st.version != "1.1.0" {
+		t.Fatalf("%s boots", st.version)
+	}
+	st.good()
+	st.wantStates("slot a 1.0.0", "slot b 1.1.0")
+	st.start("1234\n", "tpm")
+}
+
+// TestNotes: the keeper's notes may be lost or damaged.
+func TestNotes(t *testing.T) {
+	for name, content := range map[string][]byte{"lost": nil, "damaged": []byte("{"), "of another format": []byte(`{"format": 9}`), "endless": bytes.Repeat([]byte("[1,"), maxNotesBytes)} {
+		t.Run(name, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: seal.PolicyStrict}, true, "1.1.0")
+			st.mustSettle()
+			st.apply("1.1.0")
+			if content == nil {
+				os.Remove(st.k.notesPath())
+			} else {
+				putFile(t, st.k.notesPath(), content)
+			}
+			st.start("", "tpm")
+			st.good()
+			st.wantStates("slot a 1.0.0", "slot b 1.1.0")
+			st.start("", "tpm")
+		})
+	}
+}
+
+// TestStatusOfStates: every state with its whole policy, and the one that opened.
+func TestStatusOfStates(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStrict}, true, "1.1.0")
+	st.mustSettle()
+	st.apply("1.1.0")
+	r := st.mustSettle()
+	status := st.s.status
+	status.setStates(r.Tokens, st.k.Opened, r.known)
+	if len(status.States) != 2 {
+		t.Fatalf("states: %+v", status.States)
+	}
+	for _, state := range status.States {
+		text := strings.Join(state.Rules, "\n")
+		for _, i := range []int{0, 2, 4, 7, 11} {
+			if !strings.Contains(text, fmt.Sprintf("PCR %s: exactly ", pcr.Label(i))) {
+				t.Errorf("state %q: PCR %d is missing in %s", state.For, i, text)
+			}
+		}
+		if state.Opened != (state.For == "slot a 1.0.0") {
+			t.Errorf("state %q: opened %v", state.For, state.Opened)
+		}
+	}
+	var b strings.Builder
+	status.WriteTo(&b)
+	if !strings.Contains(b.String(), "state     slot a 1.0.0, which opened") || !strings.Contains(b.String(), "state     slot b 1.1.0\n") {
+		t.Errorf("status:\n%s", b.String())
+	}
+	if !slices.Equal(status.SealedPCRs, []int{0, 2, 4, 7, 11}) || len(status.PCRs) == 0 {
+		t.Errorf("sealed PCRs %v, registers %v", status.SealedPCRs, status.PCRs)
+	}
+}
