@@ -7,9 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 
-	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/image/spec"
 )
 
@@ -48,23 +46,4 @@ func checkStarter(path string, starter []byte) error {
 		return usageError{"the last element of NAME names the appliance: " + first.Message, first.Hint}
 	}
 	return err
-}
-
-func runKeys(_ context.Context, c *cli, args []string) error {
-	if len(args) == 0 || args[0] != "new" {
-		return usageError{"keys wants the word new and a folder", "holdfast keys new DIR"}
-	}
-	f := c.flags("keys new", "DIR", `Make the vendor's keys in a new folder: Secure Boot PK, KEK and db with .auth files,
-the PCR policy key and the recovery escrow key. Keep the .key files off line; whoever
-has them can sign for you.`)
-	organization := f.String("organization", "Holdfast vendor", "name in the certificates")
-	rest, err := parse(f, args[1:], 1)
-	if err != nil {
-		return err
-	}
-	if _, err := keys.Create(rest[0], keys.Config{Organization: *organization, Now: time.Now()}); err != nil {
-		return err
-	}
-	fmt.Fprintf(c.out, "%s\n", rest[0])
-	return nil
 }

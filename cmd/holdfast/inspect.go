@@ -79,6 +79,9 @@ func kinds() []kind {
 		{"a data volume not yet made", partition.UnprovisionedMarker, 0, inspectVolume},
 		{"an EROFS root image", "\xe2\xe1\xf5\xe0", 1024, inspectRoot},
 		{"a UKI or other EFI program", "MZ", 0, inspectEFI},
+		{"a signed update of a firmware variable", "\x00\x02\xf1\x0e\x9d\xd2\xaf\x4a", 20, inspectVariable},
+		{"a signature list", "\xa1\x59\xc0\xa5\xe4\x94\xa7\x4a", 0, inspectVariable}, // of certificates
+		{"a signature list", "\x26\x16\xc4\xc1\x4c\x50\x92\x40", 0, inspectVariable}, // of digests
 		{"a qcow2 image", "QFI\xfb", 0, refuseQCOW2},
 	}
 }
@@ -88,7 +91,8 @@ var errUnknown = errors.New("unknown content")
 
 func runInspect(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("inspect", "FILE", `Explain FILE, which may be a build's folder, a release folder, a disk (image or
-device), a UKI or other EFI program, a LUKS2 volume or a root image. It is known by
+device), a UKI or other EFI program, a LUKS2 volume, a root image, or a signed update or
+list of Secure Boot keys. It is known by
 its content, not by its name. Nothing is written. Digests, signatures and root
 hashes are checked where there is something to check them against; one that does
 not match ends with exit code 3.

@@ -117,6 +117,28 @@ func (a *Auth) VerifiedBy(variable string, appends bool, certs ...*x509.Certific
 	return fmt.Errorf("update of %s is not signed: %w", variable, errors.Join(append(all, errors.New("it does not hold for this variable and kind of change"))...))
 }
 
+// Claims says what the update is for and who signed it, by the certificates that it
+// carries itself. Whoever asks for [Auth.VerifiedBy] knows whom to trust; this does not.
+func (a *Auth) Claims() (variable string, appends bool, signer *x509.Certificate, err error) {
+	sd, err := pkcs7.Parse(a.Signature)
+	if err != nil {
+		return "", false, nil, err
+	}
+	for _, variable := range []string{PK, KEK, DB, DBX} {
+		for _, appends := range []bool{false, true} {
+			for _, c := range sd.Certificates[:min(len(sd.Certificates), maxCarried)] {
+				if a.VerifiedBy(variable, appends, c) == nil {
+					return variable, appends, c, nil
+				}
+			}
+		}
+	}
+	return "", false, nil, errors.New("its signature holds for no change of a Secure Boot variable: damaged, or forged")
+}
+
+// maxCarried bounds the certificates of a signature that are tried.
+const maxCarried = 8
+
 // Sign makes an .auth file: content for the variable, to replace its value or to
 // be appended to it, signed by key, whose certificate is cert (UEFI 2.10 §8.2.2).
 // PK and KEK are signed by the platform key, db and dbx by a key exchange key.

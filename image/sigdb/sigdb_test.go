@@ -179,6 +179,9 @@ func TestJudges(t *testing.T) {
 		if err := a.VerifiedBy(DBX, appends, cert); err != nil {
 			t.Errorf("sign-efi-sig-list, appending %v: %v", appends, err)
 		}
+		if variable, claimed, signer, err := a.Claims(); err != nil || variable != DBX || claimed != appends || !signer.Equal(cert) {
+			t.Errorf("it claims to be for %q, appending %v, %v", variable, claimed, err)
+		}
 		if a.VerifiedBy(DBX, !appends, cert) == nil || a.VerifiedBy(DB, appends, cert) == nil || !a.Time.Equal(stamp.Truncate(time.Second)) {
 			t.Errorf("the update holds for another change than was signed; its time is %v", a.Time)
 		}
@@ -221,8 +224,14 @@ func TestAuthAttacks(t *testing.T) {
 	for name, b := range map[string][]byte{
 		"content changed": edit(len(good)-1, 1), "time changed": edit(2, 1), "signature changed": edit(15+int(binary.LittleEndian.Uint32(good[16:])), 1),
 	} {
-		if a, err := ParseAuth(b); err == nil && a.VerifiedBy(DB, true, cert) == nil {
+		a, err := ParseAuth(b)
+		if err == nil && a.VerifiedBy(DB, true, cert) == nil {
 			t.Errorf("%s: verified", name)
+		}
+		if err == nil {
+			if variable, _, _, err := a.Claims(); err == nil {
+				t.Errorf("%s: it claims to be for %s", name, variable)
+			}
 		}
 	}
 	a, err := ParseAuth(good)
