@@ -96,8 +96,9 @@ func keysFolder(given, dir string) string {
 	return filepath.Clean(dir) + ".keys"
 }
 
-// openRepo opens a repository with the keys at hand, which may be none.
-func openRepo(dir, keys string) (*repo.Repo, error) {
+// openRepo opens a repository with the keys at hand, which may be none. Where another
+// process changes it, a verb that does so too waits until ctx ends.
+func (c *cli) openRepo(ctx context.Context, dir, keys string) (*repo.Repo, error) {
 	at := keysFolder(keys, dir)
 	signers, err := repo.LoadKeys(at)
 	if _, missing := os.Stat(at); keys == "" && errors.Is(missing, fs.ErrNotExist) {
@@ -110,7 +111,33 @@ func openRepo(dir, keys string) (*repo.Repo, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, hinted{err, "make one with: holdfast repo init " + dir}
 	}
-	return r, err
+	if err != nil {
+		return nil, err
+	}
+	r.Busy = c.waitForOther(ctx)
+	return r, nil
+}
+
+// waitForOther says so once, when it takes more than a moment.
+func (c *cli) waitForOther(ctx context.Context) func(*repo.BusyError) error {
+	const moment = 500 * time.Millisecond
+	var began time.Time
+	said := false
+	return func(busy *repo.BusyError) error {
+		if began.IsZero() {
+			began = time.Now()
+		}
+		if !said && time.Since(began) > moment {
+			fmt.Fprintf(c.err, "waiting: %v\n", busy)
+			said = true
+		}
+		select {
+		case <-time.After(50 * time.Millisecond):
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("stopped: %w", busy)
+		}
+	}
 }
 
 func repoInit(_ context.Context, c *cli, args []string) error {
@@ -153,21 +180,36 @@ example: holdfast repo init repo --sign root=2/3`)
 	return nil
 }
 
-// createRepo leaves nothing behind when it fails.
+// createRepo leaves nothing behind when it fails, and nothing of another one that makes
+// the same repository alone.
 func createRepo(dir, keys string, o repo.Options) error {
+	private := filepath.Clean(dir) + ".private"
 	var made []string
-	for _, d := range []string{dir, filepath.Clean(dir) + ".private", keys} {
-		if _, err := os.Lstat(d); errors.Is(err, fs.ErrNotExist) {
-			made = append(made, d)
-		}
-	}
-	_, err := repo.Create(dir, keys, time.Now(), o)
-	if err != nil {
+	undo := func(err error) error {
 		for _, d := range made {
 			err = errors.Join(err, os.RemoveAll(d))
 		}
+		return err
 	}
-	return err
+	for _, d := range []string{dir, private, keys} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Clean(d)), 0o755); err != nil {
+			return undo(err)
+		}
+		perm := fs.FileMode(0o700)
+		if d == dir {
+			perm = 0o755
+		}
+		err := os.Mkdir(d, perm)
+		if err == nil {
+			made = append(made, d)
+		} else if !errors.Is(err, fs.ErrExist) {
+			return undo(err)
+		}
+	}
+	if _, err := repo.Create(dir, keys, time.Now(), o); err != nil {
+		return undo(err)
+	}
+	return nil
 }
 
 // parseThresholds reads "root=2/3,targets=1/2".
@@ -189,7 +231,7 @@ func parseThresholds(list string, o *repo.Options) error {
 	return nil
 }
 
-func repoRoot(_ context.Context, c *cli, args []string) error {
+func repoRoot(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo root", "DIR", `Print the newest root.json: whom devices trust. A spec names it in update: {root: FILE}.
 
 example: holdfast repo root repo > root.json`)
@@ -197,7 +239,7 @@ example: holdfast repo root repo > root.json`)
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], "")
+	r, err := c.openRepo(ctx, rest[0], "")
 	if err != nil {
 		return err
 	}
@@ -262,7 +304,7 @@ example: holdfast repo add repo out --rollout 10 --notes 'fixes the clock'`)
 			fmt.Sprintf("write update: {epoch: %d} into the spec and build again; devices go by what is in the release", *epoch)}
 	}
 	o.Epoch = m.Epoch
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}
@@ -292,7 +334,7 @@ func printAdded(s *sheet, t update.Target, rel *update.Release) {
 func short(hash string) string { return hash[:min(16, len(hash))] + "…" }
 
 // edit is what the verbs share that change one listed release.
-func (c *cli) edit(name, arguments, about string, args []string, n int, do func(r *repo.Repo, name string, rest []string) error) error {
+func (c *cli) edit(ctx context.Context, name, arguments, about string, args []string, n int, do func(r *repo.Repo, name string, rest []string) error) error {
 	f := c.flags(name, arguments, about)
 	keys := keysFlag(f)
 	channel := f.String("channel", "", "`name` of its channel, where it is in several")
@@ -300,7 +342,7 @@ func (c *cli) edit(name, arguments, about string, args []string, n int, do func(
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}
@@ -334,8 +376,8 @@ func pickRelease(list []update.Target, version, channel string) (update.Target, 
 	return update.Target{}, hinted{fmt.Errorf("%q is %s", version, strings.Join(names, " and ")), "give the whole name in place of the version"}
 }
 
-func repoRollout(_ context.Context, c *cli, args []string) error {
-	return c.edit("repo rollout", "DIR VERSION PERCENT", `Change how much of the fleet gets a release. Growing never takes a device out again;
+func repoRollout(ctx context.Context, c *cli, args []string) error {
+	return c.edit(ctx, "repo rollout", "DIR VERSION PERCENT", `Change how much of the fleet gets a release. Growing never takes a device out again;
 0 stops it for all that do not have it yet.
 
 example: holdfast repo rollout repo 1.2.3 50`, args, 3, func(r *repo.Repo, name string, rest []string) error {
@@ -347,23 +389,23 @@ example: holdfast repo rollout repo 1.2.3 50`, args, 3, func(r *repo.Repo, name 
 	})
 }
 
-func repoPromote(_ context.Context, c *cli, args []string) error {
-	return c.edit("repo promote", "DIR VERSION CHANNEL", `List a release in another channel, too, for all devices there. Its content is the same.
+func repoPromote(ctx context.Context, c *cli, args []string) error {
+	return c.edit(ctx, "repo promote", "DIR VERSION CHANNEL", `List a release in another channel, too, for all devices there. Its content is the same.
 
 example: holdfast repo promote repo 1.2.3 stable`, args, 3, func(r *repo.Repo, name string, rest []string) error {
 		return r.Promote(name, rest[0], 100)
 	})
 }
 
-func repoWithdraw(_ context.Context, c *cli, args []string) error {
-	return c.edit("repo withdraw", "DIR VERSION", `Take a release off the list. Devices that have it keep it; a newer version replaces it.
+func repoWithdraw(ctx context.Context, c *cli, args []string) error {
+	return c.edit(ctx, "repo withdraw", "DIR VERSION", `Take a release off the list. Devices that have it keep it; a newer version replaces it.
 
 example: holdfast repo withdraw repo 1.2.3`, args, 2, func(r *repo.Repo, name string, _ []string) error {
 		return r.Withdraw(name)
 	})
 }
 
-func repoRefresh(_ context.Context, c *cli, args []string) error {
+func repoRefresh(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo refresh", "DIR", `Renew timestamp and snapshot, and the list of releases when half of its time is over
 and its key is at hand. What waits for signatures goes on as far as the keys at hand reach.
 
@@ -374,7 +416,7 @@ example, in a crontab: 0 4 * * * holdfast repo refresh /srv/repo`)
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}
@@ -386,7 +428,7 @@ example, in a crontab: 0 4 * * * holdfast repo refresh /srv/repo`)
 	return r.Refresh()
 }
 
-func repoRotate(_ context.Context, c *cli, args []string) error {
+func repoRotate(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo rotate", "DIR ROLE", `Replace a key of root, targets, snapshot or timestamp. Devices take the new one when as
 many keys of root have signed as must. The new key is made in the folder of the keys.
 
@@ -402,7 +444,7 @@ example: holdfast repo rotate repo timestamp`)
 	if !slices.Contains(repo.Roles(), role) {
 		return usageError{fmt.Sprintf("%q is not a role", role), "one of " + strings.Join(repo.Roles(), ", ")}
 	}
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}
@@ -529,7 +571,7 @@ example: holdfast repo sign targets.json --keys /media/vault`)
 	return update.WriteFile(rest[0], signed, 0o644)
 }
 
-func repoImport(_ context.Context, c *cli, args []string) error {
+func repoImport(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo import", "DIR FILE", `Take the signatures in FILE, and publish when there are enough. Its content must be what waits.
 
 example: holdfast repo import repo targets.json`)
@@ -542,21 +584,21 @@ example: holdfast repo import repo targets.json`)
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}
 	return r.Import(signed)
 }
 
-func repoPrune(_ context.Context, c *cli, args []string) error {
+func repoPrune(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo prune", "DIR", `Remove content that no listed release needs. Do it when nobody fetches it any more,
 such as a week after a release was withdrawn.`)
 	rest, err := parse(f, args, 1)
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], "")
+	r, err := c.openRepo(ctx, rest[0], "")
 	if err != nil {
 		return err
 	}

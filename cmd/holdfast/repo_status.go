@@ -36,7 +36,7 @@ type roleState struct {
 
 func (r *repository) wrong() []string { return nil }
 
-func repoStatus(_ context.Context, c *cli, args []string) error {
+func repoStatus(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo status", "DIR", `What is published, which keys are at hand, what waits for signatures, and what runs out when.
 
 example: holdfast repo status repo`)
@@ -46,7 +46,7 @@ example: holdfast repo status repo`)
 	if err != nil {
 		return err
 	}
-	r, err := openRepo(rest[0], *keys)
+	r, err := c.openRepo(ctx, rest[0], *keys)
 	if err != nil {
 		return err
 	}

@@ -66,6 +66,11 @@ func (o AddOptions) percent() int {
 // root.img, uki.efi and bootloader.efi, all of which are checked against the
 // manifest. With targets keys elsewhere it returns the Release and a [PendingError].
 func (r *Repo) Add(ctx context.Context, folder string, o AddOptions, p Packer) (rel *update.Release, err error) {
+	release, err := r.claim()
+	if err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	defer release()
 	m, err := readManifest(folder)
 	if err != nil {
 		return nil, fmt.Errorf("add release: %w", err)
@@ -222,7 +227,7 @@ func (r *Repo) addBlob(write func(io.Writer) error) (b update.Blob, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return b, err
 	}
-	f, err := os.CreateTemp(dir, "tmp-*")
+	f, err := os.CreateTemp(dir, tempPrefix+"*")
 	if err != nil {
 		return b, err
 	}
@@ -282,7 +287,7 @@ func (r *Repo) patch(ctx context.Context, old update.Target, to RootImage, p Pac
 	if err != nil {
 		return b, err
 	}
-	temp, err := os.CreateTemp(r.private, "tmp-*")
+	temp, err := os.CreateTemp(r.private, tempPrefix+"*")
 	if err != nil {
 		return b, err
 	}
@@ -388,6 +393,11 @@ func (r *Repo) Rollout(name string, percent int) error {
 	if percent < 0 || percent > 100 {
 		return fmt.Errorf("rollout of %d percent", percent)
 	}
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("rollout of %s: %w", name, err)
+	}
+	defer release()
 	return r.editTargets(func(targets map[string]*metadata.TargetFiles) error {
 		tf := targets[name]
 		if tf == nil || tf.Custom == nil {
@@ -405,6 +415,11 @@ func (r *Repo) Rollout(name string, percent int) error {
 // Withdraw takes a release off the list. Devices that have it keep it. Its content
 // stays until [Repo.Prune], as somebody may be fetching it.
 func (r *Repo) Withdraw(name string) error {
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("withdraw %s: %w", name, err)
+	}
+	defer release()
 	return r.editTargets(func(targets map[string]*metadata.TargetFiles) error {
 		if targets[name] == nil {
 			return fmt.Errorf("withdraw %s: there is no such release", name)
@@ -419,6 +434,11 @@ func (r *Repo) Promote(name, channel string, percent int) error {
 	if percent < 0 || percent > 100 {
 		return fmt.Errorf("rollout of %d percent", percent)
 	}
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("promote: %w", err)
+	}
+	defer release()
 	rel, text, err := r.release(name)
 	if err != nil {
 		return fmt.Errorf("promote: %w", err)

@@ -35,10 +35,8 @@ type Options struct {
 // Create makes a repository in dir, which must be empty or not exist, dir.private
 // beside it, and keys in keysDir, ROLE-N.pem. With keys elsewhere it returns the Repo and a [PendingError].
 func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
-	for _, d := range []string{dir, privateFolder(dir)} {
-		if list, err := os.ReadDir(d); err == nil && len(list) > 0 {
-			return nil, fmt.Errorf("create repository: %s is not empty", d)
-		}
+	if err := wantEmpty(dir); err != nil {
+		return nil, fmt.Errorf("create repository: %w", err)
 	}
 	if o.Random == nil {
 		o.Random = rand.Reader
@@ -58,6 +56,15 @@ func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
 			return nil, fmt.Errorf("create repository: %w", err)
 		}
 	}
+	release, err := lock(r.private)
+	if err != nil {
+		return nil, fmt.Errorf("create repository: %w", err)
+	}
+	r.alone = true
+	defer func() { r.alone = false; release() }()
+	if err := wantEmpty(dir); err != nil { // of a Create at the same time
+		return nil, fmt.Errorf("create repository: %w", err)
+	}
 	root := metadata.Root(r.expires(Root))
 	for _, role := range Roles() {
 		if err := r.addKeys(root, role, keysDir, o); err != nil {
@@ -67,12 +74,28 @@ func Create(dir, keysDir string, now time.Time, o Options) (*Repo, error) {
 	if err := r.saveConfig(); err != nil {
 		return nil, fmt.Errorf("create repository: %w", err)
 	}
-	err := r.advance(&draft{root: root})
+	err = r.advance(&draft{root: root})
 	var waits *PendingError
 	if err != nil && !errors.As(err, &waits) {
 		return nil, fmt.Errorf("create repository: %w", err)
 	}
 	return r, err
+}
+
+// wantEmpty is that there is nothing in the folders of a repository but a lock.
+func wantEmpty(dir string) error {
+	for _, d := range []string{dir, privateFolder(dir)} {
+		list, err := os.ReadDir(d)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, e := range list {
+			if d == dir || e.Name() != lockName {
+				return fmt.Errorf("%s is not empty", d)
+			}
+		}
+	}
+	return nil
 }
 
 // addKeys makes and registers the keys of a role.
@@ -112,6 +135,11 @@ func (r *Repo) addKeys(root *metadata.Metadata[metadata.RootType], role, keysDir
 // such as every day. What waits for signatures goes on waiting; what is published is
 // renewed meanwhile.
 func (r *Repo) Refresh() error {
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("refresh: %w", err)
+	}
+	defer release()
 	d, err := r.loadDraft()
 	if err != nil {
 		return fmt.Errorf("refresh: %w", err)
@@ -257,6 +285,11 @@ func (r *Repo) Rotate(role, oldID string, fresh crypto.PublicKey) error {
 func (r *Repo) RenewRoot() error { return r.editRoot(func(*metadata.RootType) error { return nil }) }
 
 func (r *Repo) editRoot(edit func(*metadata.RootType) error) error {
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("new root: %w", err)
+	}
+	defer release()
 	d, err := r.loadDraft()
 	if err != nil {
 		return err

@@ -45,7 +45,7 @@ func Published(dir string) ([]PublishedFile, error) {
 		}
 		list = append(list, some...)
 	}
-	if err := r.complete(list); err != nil {
+	if err := r.hasAll(list); err != nil {
 		return nil, fmt.Errorf("list %s: %w", dir, err)
 	}
 	for v := int64(1); v <= r.current.root.Signed.Version; v++ {
@@ -97,8 +97,8 @@ func contentFiles(dir, folder string) (list []PublishedFile, err error) {
 	return list, err
 }
 
-// complete says whether all that the listed releases need is among the files.
-func (r *Repo) complete(list []PublishedFile) error {
+// hasAll says whether all that the listed releases need is among the files.
+func (r *Repo) hasAll(list []PublishedFile) error {
 	need := map[string]int64{}
 	for name, tf := range r.current.targets.Signed.Targets {
 		rel, _, err := readRelease(r.dir, name, tf)

@@ -19,8 +19,6 @@ type draft struct {
 	targets   *metadata.Metadata[metadata.TargetsType]
 	snapshot  *metadata.Metadata[metadata.SnapshotType]
 	timestamp *metadata.Metadata[metadata.TimestampType]
-	// committed says that all signatures were there and writing has begun.
-	committed bool
 }
 
 // PendingError says that a role's metadata waits for signatures.
@@ -35,53 +33,52 @@ func (e *PendingError) Error() string {
 	return fmt.Sprintf("%s has %d of %d signatures and is not published; sign %s where the keys are and import it", e.Role, e.Signatures, e.Threshold, e.Path)
 }
 
-const committedName = "committed"
+// Folders in DIR.private. A draft that waits for signatures is in pending. One that
+// has them all is in publishing from before its first file is published until after
+// the last.
+const (
+	pendingDir    = "pending"
+	publishingDir = "publishing"
+)
 
 func pendingPath(role string) string { return filepath.Join(pendingDir, role+".json") }
 
-// ready says whether a publication was interrupted while it was written.
-func (d *draft) ready() bool { return d.committed && d.timestamp != nil }
+func (r *Repo) loadDraft() (*draft, error) { return loadDraft(filepath.Join(r.private, pendingDir)) }
 
-func (r *Repo) loadDraft() (*draft, error) {
-	d := &draft{}
-	var err error
-	if d.root, err = pending[metadata.RootType](r, Root); err != nil {
+func loadDraft(dir string) (d *draft, err error) {
+	d = &draft{}
+	if d.root, err = drafted[metadata.RootType](dir, Root); err != nil {
 		return nil, err
 	}
-	if d.targets, err = pending[metadata.TargetsType](r, Targets); err != nil {
+	if d.targets, err = drafted[metadata.TargetsType](dir, Targets); err != nil {
 		return nil, err
 	}
-	if d.snapshot, err = pending[metadata.SnapshotType](r, Snapshot); err != nil {
+	if d.snapshot, err = drafted[metadata.SnapshotType](dir, Snapshot); err != nil {
 		return nil, err
 	}
-	if d.timestamp, err = pending[metadata.TimestampType](r, Timestamp); err != nil {
+	if d.timestamp, err = drafted[metadata.TimestampType](dir, Timestamp); err != nil {
 		return nil, err
 	}
-	_, err = os.Stat(filepath.Join(r.private, pendingDir, committedName))
-	d.committed = err == nil
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return d, err
+	return d, nil
 }
 
-func pending[T metadata.Roles](r *Repo, role string) (*metadata.Metadata[T], error) {
-	f, err := load[T](r.private, pendingPath(role))
+func drafted[T metadata.Roles](dir, role string) (*metadata.Metadata[T], error) {
+	f, err := load[T](dir, role+".json")
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return f.Metadata, err
 }
 
-// save writes the draft where Import and Open find it.
-func (r *Repo) save(d *draft) error {
-	return errors.Join(savePending(r, Root, d.root), savePending(r, Targets, d.targets),
-		savePending(r, Snapshot, d.snapshot), savePending(r, Timestamp, d.timestamp))
+// save writes the draft to a folder.
+func (d *draft) save(dir string) error {
+	return errors.Join(saveDraft(dir, Root, d.root), saveDraft(dir, Targets, d.targets),
+		saveDraft(dir, Snapshot, d.snapshot), saveDraft(dir, Timestamp, d.timestamp))
 }
 
-func savePending[T metadata.Roles](r *Repo, role string, m *metadata.Metadata[T]) error {
+func saveDraft[T metadata.Roles](dir, role string, m *metadata.Metadata[T]) error {
 	if m == nil {
-		err := os.Remove(filepath.Join(r.private, pendingPath(role)))
+		err := os.Remove(filepath.Join(dir, role+".json"))
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
@@ -91,7 +88,7 @@ func savePending[T metadata.Roles](r *Repo, role string, m *metadata.Metadata[T]
 	if err != nil {
 		return err
 	}
-	return write(r.private, pendingPath(role), b)
+	return write(dir, role+".json", b)
 }
 
 // advance takes a draft as far as the keys at hand can: it completes what depends on
@@ -235,7 +232,7 @@ func signedBy[T metadata.Roles](root *metadata.Metadata[metadata.RootType], role
 
 // pend keeps a draft for signatures from elsewhere.
 func (r *Repo) pend(d *draft, root *metadata.Metadata[metadata.RootType], role string, have []metadata.Signature) error {
-	if err := r.save(d); err != nil {
+	if err := d.save(filepath.Join(r.private, pendingDir)); err != nil {
 		return fmt.Errorf("keep %s for signing: %w", role, err)
 	}
 	e := &PendingError{Role: role, Path: filepath.Join(r.private, pendingPath(role)), KeyIDs: root.Signed.Roles[role].KeyIDs, Threshold: root.Signed.Roles[role].Threshold}
@@ -247,12 +244,38 @@ func (r *Repo) pend(d *draft, root *metadata.Metadata[metadata.RootType], role s
 	return e
 }
 
-// begin makes the draft durable, so that Open can write it again after a cut.
+// begin makes the draft durable, so that it can be written again after a cut. It comes
+// into its place at once: half of it would be taken for a draft that waits.
 func (r *Repo) begin(d *draft) error {
-	if err := r.save(d); err != nil {
+	place := filepath.Join(r.private, publishingDir)
+	if err := errors.Join(os.RemoveAll(place+".new"), d.save(place+".new")); err != nil {
 		return err
 	}
-	return write(r.private, filepath.Join(pendingDir, committedName), nil)
+	if err := os.Rename(place+".new", place); err != nil {
+		return err
+	}
+	return syncFolder(r.private)
+}
+
+// interrupted says whether a publication was begun and not ended.
+func (r *Repo) interrupted() bool {
+	_, err := os.Stat(filepath.Join(r.private, publishingDir))
+	return err == nil
+}
+
+// complete ends what was interrupted.
+func (r *Repo) complete() error {
+	d, err := loadDraft(filepath.Join(r.private, publishingDir))
+	switch {
+	case err == nil && d.timestamp == nil:
+		err = errors.New(publishingDir + " has no timestamp; it was not made here")
+	case err == nil:
+		err = r.commit(d)
+	}
+	if err != nil {
+		return fmt.Errorf("complete an interrupted publication: %w", err)
+	}
+	return nil
 }
 
 // commit writes the draft where readers look, timestamp last. It can be repeated.
@@ -270,15 +293,24 @@ func (r *Repo) commit(d *draft) error {
 			return err
 		}
 	}
-	// One rename, so that no half of it is taken for a draft.
-	done := filepath.Join(r.private, pendingDir+".done")
-	if err := os.RemoveAll(done); err != nil {
+	for _, dir := range []string{pendingDir, publishingDir} {
+		if err := r.discard(dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// discard removes a draft by one rename, so that no half of it is taken for one.
+func (r *Repo) discard(dir string) error {
+	place := filepath.Join(r.private, dir)
+	if err := os.RemoveAll(place + ".done"); err != nil {
 		return err
 	}
-	if err := os.Rename(filepath.Join(r.private, pendingDir), done); err != nil {
+	if err := os.Rename(place, place+".done"); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.RemoveAll(done)
+	return os.RemoveAll(place + ".done")
 }
 
 // commitOnline writes a snapshot and the timestamp that names it.
@@ -312,6 +344,11 @@ func (r *Repo) Import(signed []byte) error {
 	if err != nil {
 		return fmt.Errorf("import: %w", err)
 	}
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("import: %w", err)
+	}
+	defer release()
 	d, err := r.loadDraft()
 	if err != nil {
 		return fmt.Errorf("import: %w", err)
@@ -334,6 +371,11 @@ func (r *Repo) Import(signed []byte) error {
 
 // Resume goes on with what is pending, with the keys at hand.
 func (r *Repo) Resume() error {
+	release, err := r.claim()
+	if err != nil {
+		return fmt.Errorf("resume: %w", err)
+	}
+	defer release()
 	d, err := r.loadDraft()
 	if err != nil {
 		return err

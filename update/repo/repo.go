@@ -31,8 +31,13 @@
 // signatures. It is not to be published, and who can write there decides what the
 // keys at hand sign. DIR itself may lie on a web server: what is in it is verified
 // before anything is added and signed, from the first root on, whose hash is in
-// DIR.private, and must not be older than what was published from here. One process
-// at a time may change a repository.
+// DIR.private, and must not be older than what was published from here.
+//
+// # Several processes
+//
+// Any number may read, and one at a time changes: methods that write take a lock in
+// DIR.private, read the repository anew, and give the lock back. Another process waits
+// or gets a [BusyError], see [Repo.Busy]. The lock of a process that was killed is free.
 package repo
 
 import (
@@ -74,7 +79,7 @@ func defaultLifetime() map[string]time.Duration {
 
 const (
 	configName   = "repository.json"
-	pendingDir   = "pending"
+	tempPrefix   = "tmp-"
 	maxFileBytes = 8 << 20
 )
 
@@ -88,14 +93,20 @@ type config struct {
 	TimestampVersion int64  `json:"timestamp_version,omitempty"`
 }
 
-// Repo is a repository that can be changed.
+// Repo is a repository that can be changed. It is not safe for concurrent use.
 type Repo struct {
+	// Busy is called while another process changes the repository, over and over, so it
+	// has to take its time. Its error, such as that of a context, ends the wait. Without
+	// Busy nobody waits, and the BusyError is returned.
+	Busy func(*BusyError) error
+
 	dir     string // published
 	private string
 	keys    []crypto.Signer
 	now     time.Time
 	config  config
 	current published
+	alone   bool // this process has the lock
 }
 
 // file is a piece of metadata and the bytes that stand for it.
@@ -113,30 +124,61 @@ type published struct {
 	timestamp file[metadata.TimestampType]
 }
 
+// openTime is how long Open tries to read what another process is writing: a
+// publication is some small files.
+const openTime = 5 * time.Second
+
 // Open opens a repository for changes with the keys at hand, at time now. It
-// completes a publication that was interrupted.
+// completes a publication that was interrupted. It does not wait for a process that
+// changes the repository, and shows what was published before.
 func Open(dir string, keys []crypto.Signer, now time.Time) (*Repo, error) {
 	r := &Repo{dir: dir, private: privateFolder(dir), keys: keys, now: now.UTC().Truncate(time.Second)}
-	b, err := readFile(filepath.Join(r.private, configName))
-	if err != nil {
-		return nil, fmt.Errorf("open repository: %w", err)
-	}
-	if err := json.Unmarshal(b, &r.config); err != nil || r.config.Format != 1 {
-		return nil, fmt.Errorf("open repository: %s is not of format 1: %w", configName, errors.Join(err, update.ErrUntrusted))
-	}
-	d, err := r.loadDraft()
-	if err != nil {
-		return nil, fmt.Errorf("open repository: %w", err)
-	}
-	if d.ready() {
-		if err := r.commit(d); err != nil {
-			return nil, fmt.Errorf("complete an interrupted publication: %w", err)
+	for deadline := time.Now().Add(openTime); ; time.Sleep(20 * time.Millisecond) {
+		err := r.read()
+		if err == nil && r.settled() {
+			return r, nil
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			if _, missing := os.Stat(filepath.Join(r.private, configName)); missing != nil {
+				return nil, fmt.Errorf("open repository: %w", missing)
+			}
+		}
+		release, locked := r.claim()
+		var busy *BusyError
+		switch {
+		case locked == nil:
+			release()
+			return r, nil
+		case err == nil && (errors.As(locked, &busy) || errors.Is(locked, fs.ErrPermission)):
+			return r, nil // somebody else is at it, or has to be
+		case !errors.As(locked, &busy) || time.Now().After(deadline):
+			return nil, fmt.Errorf("open repository %s: %w", dir, locked)
 		}
 	}
-	if err := r.load(); err != nil {
-		return nil, fmt.Errorf("open repository %s: %w", dir, err)
+}
+
+// settled says that there is nothing to be written by who opens the repository.
+func (r *Repo) settled() bool {
+	c := r.current.timestamp.Metadata
+	return !r.interrupted() && (c == nil || r.config.RootSHA256 != "" && r.config.TimestampVersion == c.Signed.Version)
+}
+
+// read reads policy and metadata. With the lock it completes what was interrupted.
+func (r *Repo) read() error {
+	b, err := readFile(filepath.Join(r.private, configName))
+	if err != nil {
+		return err
 	}
-	return r, nil
+	r.config = config{}
+	if err := json.Unmarshal(b, &r.config); err != nil || r.config.Format != 1 {
+		return fmt.Errorf("%s is not of format 1: %w", configName, errors.Join(err, update.ErrUntrusted))
+	}
+	if r.alone && r.interrupted() {
+		if err := r.complete(); err != nil {
+			return err
+		}
+	}
+	return r.load()
 }
 
 // load reads what is published and verifies it, but for expiry.
@@ -193,6 +235,9 @@ func (r *Repo) remember() error {
 		return fmt.Errorf("published timestamp version %d: %w: version %d was published from here; bring that back first", version, update.ErrOlder, c.TimestampVersion)
 	case c.RootSHA256 == sum && version == c.TimestampVersion:
 		return nil
+	}
+	if !r.alone {
+		return nil // whoever publishes remembers it
 	}
 	c.RootSHA256, c.TimestampVersion = sum, version
 	return r.saveConfig()

@@ -94,6 +94,11 @@ func (r *Repo) role(s *Status, role string, version int64, expires time.Time) {
 // snapshot and targets but the published one. Call it when nobody fetches them any
 // more, such as a week after a release was withdrawn. It returns the bytes freed.
 func (r *Repo) Prune() (freed int64, err error) {
+	release, err := r.claim()
+	if err != nil {
+		return 0, fmt.Errorf("prune: %w", err)
+	}
+	defer release()
 	keep := map[string]bool{}
 	targets, err := r.targets()
 	if err != nil {
