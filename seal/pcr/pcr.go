@@ -5,6 +5,8 @@
 // kernel image, [Extend] adds a boot phase to it, and [Policy] is the policy
 // digest that a vendor signs for such a value. Diagnosis: [ParseLog] reads a
 // TCG2 crypto-agile event log and [Log.Replay] folds it into register values.
+// Both together are [Predict]: what the registers of this box will hold after its
+// next boot, with another release or other Secure Boot keys.
 //
 // Subset: the SHA-256 bank, registers 0 to 23, and the log of the TCG PC Client
 // Platform Firmware Profile 1.05. A SHA-1 log is recognised and described, but

@@ -44,7 +44,7 @@ type Change struct {
 	// Variables are the whole new contents, without attributes, of "PK", "KEK",
 	// "db" and "dbx". Those not named stay as the present boot found them; so name
 	// all that can be read, and what another program has changed since counts too
-	// (F1). A variable that does not exist is empty, not nil. See [AppendSignatures].
+	// (F1). A variable that does not exist is empty. See [VariableAfter].
 	Variables map[string][]byte
 }
 

@@ -38,13 +38,23 @@ func (w *prediction) secureBoot(events []Event) ([]Event, error) {
 		}
 		events[i] = withVariable(e, next[name])
 	}
-	if !on {
-		return events, nil
+	sameLists := bytes.Equal(present["db"], next["db"]) && bytes.Equal(present["dbx"], next["dbx"])
+	if !on || sameLists && w.change.Running.Loader == w.change.Next.Loader && w.change.Running.UKI == w.change.Next.UKI {
+		return events, nil // what verifies stays, however odd the firmware's lists are (F25)
 	}
-	if err := w.notRevoked(next); err != nil {
+	lists := map[string][]signatureList{}
+	for name, b := range map[string][]byte{"present db": present["db"], "db of the next boot": next["db"], "dbx of the next boot": next["dbx"]} {
+		if lists[name], err = parseSignatureLists(b); err != nil {
+			return nil, fmt.Errorf("the %s: %w", name, err)
+		}
+	}
+	if err := w.notRevoked(lists["dbx of the next boot"], lists["db of the next boot"]); err != nil {
 		return nil, err
 	}
-	return w.authorities(events, present["db"], next["db"])
+	if w.sameCertificates() && bytes.Equal(present["db"], next["db"]) {
+		return events, nil
+	}
+	return w.authorities(events, lists["present db"], lists["db of the next boot"])
 }
 
 // measuredVariables are the contents of the Secure Boot variables at the present
@@ -109,15 +119,16 @@ func withVariable(e Event, content []byte) Event {
 	return measured(e, sha256.Sum256(data))
 }
 
+func (w *prediction) sameCertificates() bool {
+	now, next := w.change.Running, w.change.Next
+	return now.Loader.Certificate == next.Loader.Certificate && now.UKI.Certificate == next.UKI.Certificate
+}
+
 // authorities replaces the records of the db entries that verified the running
 // release. The firmware measures each entry once, when it first verifies an image
 // (edk2; PFP §3.3.4.8), before it starts the image.
-func (w *prediction) authorities(events []Event, dbNow, dbNext []byte) ([]Event, error) {
+func (w *prediction) authorities(events []Event, dbNow, dbNext []signatureList) ([]Event, error) {
 	now, next := w.change.Running, w.change.Next
-	same := now.Loader.Certificate == next.Loader.Certificate && now.UKI.Certificate == next.UKI.Certificate
-	if same && bytes.Equal(dbNow, dbNext) {
-		return events, nil
-	}
 	for _, c := range []Digest{now.Loader.Certificate, now.UKI.Certificate, next.Loader.Certificate, next.UKI.Certificate} {
 		if c == (Digest{}) {
 			return nil, errors.New("the certificates that verify the boot loader and the kernel image, now and next, are not all known")
@@ -144,17 +155,9 @@ func (w *prediction) authorities(events []Event, dbNow, dbNext []byte) ([]Event,
 // entriesFor are the entries of db that verify the release's programs, in the order
 // in which the firmware needs them, each once. Of several with the same certificate
 // it takes the first.
-func entriesFor(db []byte, r Release) ([][]byte, error) {
-	lists, err := parseSignatureLists(db)
-	if err != nil {
-		return nil, err
-	}
-	var entries [][]byte
-	for _, p := range []struct {
-		name string
-		Program
-	}{{"boot loader", r.Loader}, {"kernel image", r.UKI}} {
-		entry := entryOf(lists, p.Certificate)
+func entriesFor(db []signatureList, r Release) (entries [][]byte, err error) {
+	for _, p := range r.programs() {
+		entry := entryOf(db, p.Certificate)
 		if entry == nil {
 			return nil, fmt.Errorf("it lacks the certificate %x… that verifies the %s; the firmware would not start it", p.Certificate[:4], p.name)
 		}
@@ -163,6 +166,16 @@ func entriesFor(db []byte, r Release) ([][]byte, error) {
 		}
 	}
 	return entries, nil
+}
+
+// namedProgram is one of a release's two.
+type namedProgram struct {
+	name string
+	Program
+}
+
+func (r Release) programs() []namedProgram {
+	return []namedProgram{{"boot loader", r.Loader}, {"kernel image", r.UKI}}
 }
 
 // entryOf is the first EFI_SIGNATURE_DATA with the certificate, or nil.
@@ -223,7 +236,7 @@ func (w *prediction) cutAuthorities(events []Event, entries [][]byte) (first int
 func (w *prediction) verifiedOurs(entry []byte) error {
 	seen := false
 	for _, e := range w.log.Events {
-		if got, ok := isAuthority(e); ok && e.PCR == 7 && bytes.Equal(got, entry) {
+		if got, ok := isAuthority(e); ok && bytes.Equal(got, entry) {
 			seen = true
 		}
 		if !seen || !isProgram(e) {
@@ -240,17 +253,13 @@ func (w *prediction) verifiedOurs(entry []byte) error {
 
 // stillIn returns nil when the entries of db that verified other programs are in the
 // new db.
-func stillIn(db []byte, events []Event) error {
-	lists, err := parseSignatureLists(db)
-	if err != nil {
-		return fmt.Errorf("the db of the next boot: %w", err)
-	}
+func stillIn(db []signatureList, events []Event) error {
 	for _, e := range events {
 		entry, ok := isAuthority(e)
 		if !ok {
 			continue
 		}
-		if !slices.ContainsFunc(lists, func(l signatureList) bool { return l.has(entry) }) {
+		if !slices.ContainsFunc(db, func(l signatureList) bool { return l.has(entry) }) {
 			return errors.New("the db of the next boot lacks an entry that verified a program of others in the present boot")
 		}
 	}
@@ -275,7 +284,7 @@ func placeAuthorities(rest []Event, first int, entries [][]byte) ([]Event, error
 		}
 		fresh = append(fresh, authorityEvent(entry))
 	}
-	if len(fresh) != 1 && slices.ContainsFunc(rest[first:], func(e Event) bool { return e.Type == EventVariableAuthority }) {
+	if len(fresh) > 1 && slices.ContainsFunc(rest[first:], func(e Event) bool { return e.Type == EventVariableAuthority }) {
 		return nil, errors.New("programs of others were verified among the running release's, and it is not clear in which order the next boot does")
 	}
 	return slices.Insert(slices.Clone(rest), first, fresh...), nil
@@ -295,16 +304,9 @@ func authorityEvent(entry []byte) Event {
 }
 
 // notRevoked returns nil when the new dbx lets the firmware start the next release.
-func (w *prediction) notRevoked(variables map[string][]byte) error {
-	for _, p := range []struct {
-		name string
-		Program
-	}{{"boot loader", w.change.Next.Loader}, {"kernel image", w.change.Next.UKI}} {
-		revoked, err := revokes(variables["dbx"], variables["db"], p.Program)
-		if err != nil {
-			return err
-		}
-		if revoked {
+func (w *prediction) notRevoked(dbx, db []signatureList) error {
+	for _, p := range w.change.Next.programs() {
+		if revokes(dbx, db, p.Program) {
 			return fmt.Errorf("the revocation list (dbx) of the next boot names the %s or its certificate; the firmware would not start it", p.name)
 		}
 	}
@@ -313,29 +315,21 @@ func (w *prediction) notRevoked(variables map[string][]byte) error {
 
 // revokes says whether dbx names the program or the certificate in db that verifies
 // it: UEFI 2.10 §32.4.1.
-func revokes(dbx, db []byte, p Program) (bool, error) {
-	lists, err := parseSignatureLists(dbx)
-	if err != nil {
-		return false, fmt.Errorf("the dbx of the next boot: %w", err)
-	}
-	allowed, err := parseSignatureLists(db)
-	if err != nil {
-		return false, fmt.Errorf("the db of the next boot: %w", err)
-	}
+func revokes(dbx, db []signatureList, p Program) bool {
 	var body Digest // of the part of the certificate that is signed
-	if entry := entryOf(allowed, p.Certificate); entry != nil {
+	if entry := entryOf(db, p.Certificate); entry != nil {
 		body = certificateBody(entry[ownerBytes:])
 	}
-	for _, l := range lists {
+	for _, l := range dbx {
 		for _, s := range l.Signatures {
 			data := s[ownerBytes:]
 			switch {
 			case l.Type == typeSHA256 && p.Authenticode != (Digest{}) && bytes.Equal(data, p.Authenticode[:]),
 				l.Type == typeX509 && sha256.Sum256(data) == p.Certificate,
 				l.Type == typeX509SHA256 && body != (Digest{}) && bytes.HasPrefix(data, body[:]):
-				return true, nil
+				return true
 			}
 		}
 	}
-	return false, nil
+	return false
 }
