@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -53,6 +54,7 @@ func (s *system) serveAPI(ctx context.Context) error {
 		s.requestPower(action == "reboot", "asked by the API")
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("POST /v1/reseal", s.answerReseal)
 	mux.HandleFunc("GET /v1/update", s.answerUpdate)
 	mux.HandleFunc("POST /v1/update/{action}", s.answerUpdate)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
@@ -83,6 +85,38 @@ func (s *system) answerLogs(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	http.Error(w, "no container "+r.PathValue("name"), http.StatusNotFound)
+}
+
+// maxDBXBytes is more than a firmware takes.
+const maxDBXBytes = 1 << 20
+
+// answerReseal seals to the present state and to the next. The body, if any, is an
+// update of dbx that is about to be written; suspend in the query is a number of boots.
+func (s *system) answerReseal(w http.ResponseWriter, r *http.Request) {
+	var o ResealOptions
+	var err error
+	if text := r.URL.Query().Get("suspend"); text != "" {
+		if o.Suspend, err = strconv.Atoi(text); err != nil {
+			http.Error(w, "suspend is a number of boots, not "+text, http.StatusBadRequest)
+			return
+		}
+	}
+	if o.DBX, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxDBXBytes)); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	if len(o.DBX) == 0 {
+		o.DBX = nil
+	}
+	report, err := s.reseal(o)
+	switch {
+	case errors.Is(err, ErrSyncing) || errors.Is(err, ErrNoVolumes):
+		http.Error(w, err.Error(), http.StatusConflict)
+	case err != nil:
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	default:
+		writeJSON(w, report)
+	}
 }
 
 // answerUpdate reports, checks or installs, and answers when that is done. The
@@ -154,9 +188,28 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 		if err != nil {
 			return nil, fmt.Errorf("no agent runs here and no initrd of Holdfast left its state: %w", err)
 		}
-		return s, json.Unmarshal(b, s)
+		if err := json.Unmarshal(b, s); err != nil {
+			return nil, err
+		}
+		s.describeHere()
+		return s, nil
 	}
 	return s, err
+}
+
+// Reseal seals the data volumes' key to the present state of the box, and to that of
+// its next boot where it is another one; see [Keeper.Reseal]. After a hand-off to
+// another init it is done in this process.
+func (c *Client) Reseal(ctx context.Context, o ResealOptions) (r SyncReport, err error) {
+	path := "/v1/reseal"
+	if o.Suspend != 0 {
+		path += "?suspend=" + strconv.Itoa(o.Suspend)
+	}
+	err = c.send(ctx, http.MethodPost, path, bytes.NewReader(o.DBX), &r)
+	if errors.Is(err, fs.ErrNotExist) {
+		return resealHere(o)
+	}
+	return r, err
 }
 
 // Logs returns the last lines a container printed.
@@ -223,7 +276,11 @@ func (c *Client) Power(ctx context.Context, reboot bool) error {
 }
 
 func (c *Client) call(ctx context.Context, method, path string, answer any) error {
-	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, nil)
+	return c.send(ctx, method, path, nil, answer)
+}
+
+func (c *Client) send(ctx context.Context, method, path string, body io.Reader, answer any) error {
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, body)
 	if err != nil {
 		return err
 	}
@@ -232,15 +289,15 @@ func (c *Client) call(ctx context.Context, method, path string, answer any) erro
 		return fmt.Errorf("ask the agent: %w", err)
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	text, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return err
 	}
 	if resp.StatusCode/100 != 2 {
-		return &apiError{resp.StatusCode, strings.TrimSpace(string(body))}
+		return &apiError{resp.StatusCode, strings.TrimSpace(string(text))}
 	}
 	if answer == nil {
 		return nil
 	}
-	return json.Unmarshal(body, answer)
+	return json.Unmarshal(text, answer)
 }

@@ -141,7 +141,8 @@ type situation struct {
 	entries []partition.Entry
 	now     map[int]pcr.Digest // registers, 11 as it was in the initrd
 	all     map[int]pcr.Digest // registers for the record
-	srk     []byte             // name of the TPM's storage key
+	pin     []byte
+	srk     []byte // name of the TPM's storage key
 	bond    bond
 	raise   bool // the bond is of an epoch that the counter has not come to
 }
@@ -174,7 +175,7 @@ func (k *Keeper) look() (s *situation, err error) {
 		return nil, err
 	}
 	if k.Policy.PIN {
-		if k.PIN, err = os.ReadFile(filepath.Join(k.Root, v.Volume.Mount, stateFolder, pinFile)); err != nil {
+		if s.pin, err = os.ReadFile(filepath.Join(k.Root, v.Volume.Mount, stateFolder, pinFile)); err != nil {
 			return nil, fmt.Errorf("the PIN that states are sealed with: %w", err)
 		}
 	}
@@ -373,7 +374,9 @@ func (k *Keeper) sync(s *situation, wanted []SealState, keep func(string, seal.T
 		s.notes.Values[hex.EncodeToString(digest[:])] = pcrTexts(w.Policy.PCRs)
 	}
 	record := &seal.Record{Policy: k.Policy.Policy, PCRs: s.all, Release: k.Name + " " + k.Version}
-	report, err := k.Sync(wanted, keep, record)
+	sealer := k.Sealer
+	sealer.PIN = s.pin
+	report, err := sealer.locked(wanted, keep, record)
 	if err != nil {
 		return report, err
 	}
@@ -429,6 +432,11 @@ type Settled struct {
 // good, not on trial. After a boot that the recovery key opened it seals to the present
 // state, unless the spec wants a person to say so.
 func (k *Keeper) Settle() (r Settled, err error) {
+	unlock, err := k.lock()
+	if err != nil {
+		return r, err
+	}
+	defer unlock()
 	s, err := k.look()
 	if err != nil {
 		return r, err
@@ -454,6 +462,17 @@ func (k *Keeper) Settle() (r Settled, err error) {
 		r.Repaired = "sealed to the present state, after a start that the recovery key opened; the TPM opens the data volumes again"
 	}
 	return r, nil
+}
+
+// Describe is what is in force, and what is wrong with the next boot; nothing is changed.
+func (k *Keeper) Describe() (r Settled, err error) {
+	s, err := k.look()
+	if err != nil {
+		return r, err
+	}
+	r.Tokens, r.known = s.tokens, k.knownValues(s)
+	r.Problems, err = k.NextBoot()
+	return r, err
 }
 
 // knownValues are the registers by which states are explained.
@@ -545,6 +564,11 @@ func (k *Keeper) increment(to seal.Counter) error {
 // where its state is another one than the present. Call it before the slot's boot
 // entry can exist; an error says why the box could not open its data with it.
 func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
+	unlock, err := k.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	s, err := k.look()
 	if err != nil {
 		return err
@@ -608,6 +632,11 @@ func (k *Keeper) Reseal(o ResealOptions) (SyncReport, error) {
 	if o.Suspend < 0 || o.Suspend > MaxSuspendBoots {
 		return SyncReport{}, fmt.Errorf("suspend protection for %d boots: 1 to %d are possible", o.Suspend, MaxSuspendBoots)
 	}
+	unlock, err := k.lock()
+	if err != nil {
+		return SyncReport{}, err
+	}
+	defer unlock()
 	s, err := k.look()
 	if err != nil {
 		return SyncReport{}, err
@@ -637,6 +666,11 @@ func (k *Keeper) Reseal(o ResealOptions) (SyncReport, error) {
 // boot loader and the kernel images, by the programs' Authenticode digests; nil where
 // no certificate changes. Call it before the variables are written (F9).
 func (k *Keeper) SealChange(variables map[string][]byte, now, next map[pcr.Digest]pcr.Digest) error {
+	unlock, err := k.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	s, err := k.look()
 	if err != nil {
 		return err

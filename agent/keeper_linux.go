@@ -5,10 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -105,34 +103,13 @@ func (s *system) newKeeper() (*Keeper, error) {
 	return k, nil
 }
 
-// The GUIDs of the variables' vendors (UEFI 2.10 §32.3, §32.6.1).
-const (
-	variablesPath          = "/sys/firmware/efi/efivars"
-	globalVendor           = "8be4df61-93ca-11d2-aa0d-00e098032b8c"
-	databaseVendor         = "d719b2cb-3d3a-4596-a3bc-dad00e67656f"
-	variableAttributeBytes = 4 // before the value, in efivarfs
-)
-
 // secureBootVariables reads PK, KEK, db and dbx; one that does not exist is empty.
 func secureBootVariables() (map[string][]byte, error) {
-	if _, err := os.Stat(variablesPath); err != nil {
+	state, err := ReadSecureBoot(efivarfs{efivarsPath})
+	if err != nil {
 		return nil, err
 	}
-	values := map[string][]byte{}
-	for name, vendor := range map[string]string{"PK": globalVendor, "KEK": globalVendor, "db": databaseVendor, "dbx": databaseVendor} {
-		b, err := os.ReadFile(filepath.Join(variablesPath, name+"-"+vendor))
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			values[name] = []byte{}
-		case err != nil:
-			return nil, fmt.Errorf("read the firmware's variable %s: %w", name, err)
-		case len(b) < variableAttributeBytes:
-			return nil, fmt.Errorf("the firmware's variable %s has %d bytes", name, len(b))
-		default:
-			values[name] = b[variableAttributeBytes:]
-		}
-	}
-	return values, nil
+	return state.Values, nil
 }
 
 // settleStates makes the TPM states right, in a boot that is good. What goes wrong is
@@ -216,7 +193,38 @@ func (s *system) describeStates(out *Status) {
 	}
 }
 
-// Reseal does what the command reseal says, in the running agent.
+// describeHere completes what the initrd left, where no agent runs.
+func (s *Status) describeHere() {
+	k, err := OpenKeeper(slog.New(slog.DiscardHandler))
+	if k == nil && err == nil {
+		return
+	}
+	var r Settled
+	if err == nil {
+		r, err = k.Describe()
+	}
+	if len(r.Tokens) > 0 {
+		s.setStates(r.Tokens, k.Opened, r.known)
+	}
+	s.Problems = append(s.Problems, r.Problems...)
+	if err != nil {
+		s.Problems = append(s.Problems, fmt.Sprintf("TPM states: %v", err))
+	}
+}
+
+// resealHere is Reseal in this process.
+func resealHere(o ResealOptions) (SyncReport, error) {
+	k, err := OpenKeeper(slog.Default())
+	if err != nil {
+		return SyncReport{}, err
+	}
+	if k == nil {
+		return SyncReport{}, ErrNoVolumes
+	}
+	return k.Reseal(o)
+}
+
+// reseal does what the command reseal says, in the running agent.
 func (s *system) reseal(o ResealOptions) (SyncReport, error) {
 	if s.keeper == nil {
 		return SyncReport{}, ErrNoVolumes

@@ -88,6 +88,11 @@ func (s *Sealer) Sync(wanted []SealState, keep func(name string, t seal.Token) b
 		return report, err
 	}
 	defer unlock()
+	return s.locked(wanted, keep, record)
+}
+
+// locked is Sync for who holds the lock.
+func (s *Sealer) locked(wanted []SealState, keep func(string, seal.Token) bool, record *seal.Record) (report SyncReport, err error) {
 	tpm, err := s.OpenTPM()
 	if err != nil {
 		return report, fmt.Errorf("change the TPM states of the data volumes: %w", err)

@@ -30,6 +30,11 @@ const usage = `usage: holdfast-agent VERB
   poweroff, reboot       stop the services, close the volumes, end
   bless                  after a hand-off: this release is healthy, keep booting it
   reject REASON          after a hand-off: it is not; done when it is on trial: reboot then
+  reseal [--predict-dbx FILE] [--suspend N] [--json]
+                         seal the data volumes' key to the present state of this box, and
+                         to that of its next start: the firmware's keys have changed, or
+                         FILE is about to be added to dbx; or, for N starts, to any state
+                         of the firmware, before its update
   update check|apply [PATH] [--version V] [--reboot] [--json]
                          from the spec's repository, or a bundle or repository at PATH
   update status [--json] what waits, what failed and why, the last 50 updates
@@ -92,6 +97,8 @@ func run(args []string) int {
 		err = afterHandOff(ctx, c, agent.Bless)
 	case args[0] == "reject" && len(args) == 2:
 		err = afterHandOff(ctx, c, func(s *agent.Status) error { return agent.Reject(s, args[1]) })
+	case args[0] == "reseal":
+		err = reseal(ctx, c, args[1:])
 	case args[0] == "update" && len(args) > 1:
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "version" && len(args) == 1:
@@ -129,6 +136,43 @@ func status(ctx context.Context, c *agent.Client, args []string) error {
 	}
 	_, err = s.WriteTo(os.Stdout)
 	return err
+}
+
+// reseal is the verb of that name.
+func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
+	flags := flag.NewFlagSet("reseal", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	var o agent.ResealOptions
+	asJSON := flags.Bool("json", false, "")
+	dbx := flags.String("predict-dbx", "", "")
+	flags.IntVar(&o.Suspend, "suspend", 0, "")
+	if flags.Parse(args) != nil || flags.NArg() > 0 || o.Suspend < 0 || o.Suspend > agent.MaxSuspendBoots {
+		return errUsage
+	}
+	if *dbx != "" {
+		if o.DBX, err = os.ReadFile(*dbx); err != nil {
+			return err
+		}
+		if len(o.DBX) == 0 {
+			return fmt.Errorf("%s is empty", *dbx)
+		}
+	}
+	r, err := c.Reseal(ctx, o)
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		return json.NewEncoder(os.Stdout).Encode(r)
+	}
+	for _, list := range []struct {
+		what   string
+		states []string
+	}{{"added", r.Added}, {"kept", r.Kept}, {"dropped", r.Dropped}} {
+		for _, s := range list.states {
+			fmt.Printf("%-8s state %s\n", list.what, s)
+		}
+	}
+	return nil
 }
 
 // updates is the verb update.
