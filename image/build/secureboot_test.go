@@ -70,7 +70,8 @@ func TestSecureBootSection(t *testing.T) {
 	wantOnESP(t, filepath.Join(w.dir, "out", build.RawName), map[string][]byte{
 		"PK": k.PK.Auth, "KEK": k.KEK.Auth, "db": k.DB.Auth,
 	})
-	own := programDigest(t, filepath.Join(release, image.UKIName))
+	// A UKI cannot be named: the digest of what names it is in it.
+	own := programDigest(t, filepath.Join(release, image.LoaderName))
 	rotated := filepath.Join(t.TempDir(), "keys")
 	if _, err := keys.Create(rotated, keys.Config{Organization: "Rotated", Now: time.Unix(1.7e9, 0)}); err != nil {
 		t.Fatal(err)
@@ -97,7 +98,7 @@ func TestSecureBootSection(t *testing.T) {
 		"dbx replaced":        {"dbx", replaceDBX, "what others have revoked"},
 		"not signed":          {"dbx", sigdb.Database{sigdb.Hashes([][32]byte{{1}}, sigdb.GUID{})}.Marshal(), "no signed update"},
 		"db without our key":  {"db", replace, "no certificate in db"},
-		"dbx of the UKI":      {"dbx", revoke(t, k, keys.Revocation{Digests: [][32]byte{own}}), "uki.efi: boxes that have applied"},
+		"dbx of the loader":   {"dbx", revoke(t, k, keys.Revocation{Digests: [][32]byte{own}}), "bootloader.efi: boxes that have applied"},
 		"db of other keys":    {"db", later.DB.Auth, "boxes would refuse it"},
 		"more than fits":      {"dbx", make([]byte, 64<<10+1), "65536 is the most"},
 		"no such file at all": {"db", nil, "no such file"},
