@@ -5,7 +5,12 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"syscall"
 )
+
+// ErrInUse says that a block device, or a partition of it, is mounted, swap, part of
+// another device, or open in a process that claimed it as [OpenFile] does.
+var ErrInUse = errors.New("the device is in use")
 
 // File is a [Device] over an image file or a block device with 512-byte
 // logical sectors.
@@ -17,7 +22,7 @@ type File struct {
 
 // OpenFile opens an image file or block device for reading and writing. A block
 // device is claimed for this process alone: when it, or one of its partitions,
-// is mounted or in use by the device mapper, the open fails. Use it on the bench
+// is mounted or in use by the device mapper, it is [ErrInUse]. Use it on the bench
 // and in the builder.
 func OpenFile(path string) (*File, error) { return openFile(path, os.O_RDWR, true) }
 
@@ -55,12 +60,15 @@ func openFile(path string, flag int, claim bool) (*File, error) {
 		flag |= os.O_EXCL
 	}
 	f, err := os.OpenFile(path, flag, 0)
+	if block && errors.Is(err, syscall.EBUSY) {
+		return nil, fmt.Errorf("open disk %s: %w", path, ErrInUse)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open disk: %w", err)
 	}
 	sizeBytes := info.Size()
 	if block {
-		if sizeBytes, err = blockSize(f); err != nil {
+		if sizeBytes, err = blockSize(f, flag&os.O_RDWR != 0); err != nil {
 			return nil, errors.Join(fmt.Errorf("open disk %s: %w", path, err), f.Close())
 		}
 	}

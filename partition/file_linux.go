@@ -1,6 +1,7 @@
 package partition
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -10,8 +11,18 @@ import (
 
 // blockSize is the length of a block device in bytes. Devices with 4096-byte
 // logical sectors are refused: GPT counts in logical sectors, so a table written
-// for 512 would not be found there.
-func blockSize(f *os.File) (int64, error) {
+// for 512 would not be found there. A write to a read-only device fails when its
+// cache is flushed, so that is asked before.
+func blockSize(f *os.File, write bool) (int64, error) {
+	if write {
+		readOnly, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKROGET)
+		if err != nil {
+			return 0, fmt.Errorf("read whether it is write-protected (BLKROGET): %w", err)
+		}
+		if readOnly != 0 {
+			return 0, errors.New("the device is write-protected: move its switch, or blockdev --setrw")
+		}
+	}
 	sector, err := unix.IoctlGetInt(int(f.Fd()), unix.BLKSSZGET)
 	if err != nil {
 		return 0, fmt.Errorf("read logical sector size (BLKSSZGET): %w", err)

@@ -7,7 +7,7 @@ import (
 	"os"
 )
 
-func blockSize(*os.File) (int64, error) {
+func blockSize(*os.File, bool) (int64, error) {
 	return 0, errors.New("block devices are supported on Linux only; use an image file")
 }
 
