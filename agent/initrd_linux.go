@@ -30,9 +30,6 @@ const (
 	signaturesPath = "/.extra/tpm2-pcr-signature.json"
 	softdog        = "softdog.ko"
 	eventLogPath   = "/sys/kernel/security/tpm0/binary_bios_measurements"
-	// secureBootVariable's content is four bytes of attributes and the value.
-	secureBootVariable = "/sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
-	setupModeVariable  = "/sys/firmware/efi/efivars/SetupMode-8be4df61-93ca-11d2-aa0d-00e098032b8c"
 )
 
 func volumeMapping(name string) string { return "holdfast-data-" + name }
@@ -278,7 +275,7 @@ func (i *initrd) openVolumes() error {
 		Storage:    &kernelStorage{disk: i.root.disk},
 		OpenTPM:    waitForTPM,
 		Signatures: func() ([]byte, error) { return os.ReadFile(signaturesPath) },
-		SecureBoot: secureBootEnforced,
+		SecureBoot: i.secureBoot(),
 		OnTrial:    i.onTrial(),
 		EventLog:   func() ([]byte, error) { return os.ReadFile(eventLogPath) },
 	}
@@ -404,18 +401,16 @@ func waitForTPM() (seal.TPM, error) {
 	}
 }
 
-// secureBootEnforced: on, and not in setup mode, where anybody may enrol keys (F26, F82).
-func secureBootEnforced() (bool, error) {
-	on, err := os.ReadFile(secureBootVariable)
-	if err != nil {
-		return false, err
+// secureBoot says whether a seal may rest on Secure Boot. It is read once, before
+// anything is sealed, and why it may not is said where somebody would expect that it does.
+func (i *initrd) secureBoot() func() (bool, error) {
+	want := i.boot.Appliance.SecureBoot
+	on, why, err := SecureBootFor(efivarfs{efivarsPath}, want)
+	if why != "" {
+		i.log.Warn("Secure Boot", "why", why)
+		if on || want.Enroll == "force" {
+			i.status.Problems = append(i.status.Problems, why)
+		}
 	}
-	setup, err := os.ReadFile(setupModeVariable)
-	if err != nil {
-		return false, err
-	}
-	if len(on) != 5 || len(setup) != 5 {
-		return false, fmt.Errorf("firmware variables SecureBoot and SetupMode have %d and %d bytes, not 5", len(on), len(setup))
-	}
-	return on[4] == 1 && setup[4] == 0, nil
+	return func() (bool, error) { return on, err }
 }

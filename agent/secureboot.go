@@ -167,21 +167,21 @@ func holdsCertificate(d sigdb.Database, want string) bool {
 // or not quite, why. The boot loader enrols keys in a boot that ends in a restart, so
 // that it is another boot that reads them back: what a firmware does not keep is never
 // sealed to (F4).
-func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string) {
+func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, err error) {
 	s, err := ReadSecureBoot(vars)
 	if err != nil {
-		return false, err.Error()
+		return false, "", err
 	}
 	keys := s.CheckKeys(want.Keys)
 	switch {
 	case !s.Enforced() && want.Enroll == "force":
-		return false, fmt.Sprintf("Secure Boot is not in force (%s), though the disk brings keys for the boot loader to enrol: the firmware has no setup mode on, or does not keep keys over a restart", s.Mode())
+		return false, fmt.Sprintf("Secure Boot is not in force (%s), though the disk brings keys for the boot loader to enrol: the firmware has no setup mode on, or does not keep keys over a restart", s.Mode()), nil
 	case !s.Enforced():
-		return false, fmt.Sprintf("Secure Boot is not in force (%s)", s.Mode())
+		return false, fmt.Sprintf("Secure Boot is not in force (%s)", s.Mode()), nil
 	case keys != nil:
-		return true, fmt.Sprintf("Secure Boot is on with keys of somebody else, who decides what starts: %v", keys)
+		return true, fmt.Sprintf("Secure Boot is on with keys of somebody else, who decides what starts: %v", keys), nil
 	}
-	return true, ""
+	return true, "", nil
 }
 
 // BootProgram is an EFI program that has to start, now or as a fallback.
@@ -212,8 +212,8 @@ type SecureBootKeeper struct {
 	// Load reads a file of the verified root.
 	Load func(name string) ([]byte, error)
 	// Programs lists all that may have to start: the boot loader, and the kernel image
-	// of every slot that may boot.
-	Programs func() ([]BootProgram, error)
+	// of every slot that may boot. They are read until they are closed.
+	Programs func() ([]BootProgram, io.Closer, error)
 	// Seal makes the data volumes open in the next boot too, as it is and with the
 	// variables of the change. It is called before the change, and once more when the
 	// firmware made something else of it.
@@ -301,10 +301,11 @@ func (k *SecureBootKeeper) check(s *SecureBootState, c *VariableChange, a *sigdb
 
 // checkPrograms has every program judged by the databases to be.
 func (k *SecureBootKeeper) checkPrograms(s *SecureBootState, c *VariableChange) error {
-	programs, err := k.Programs()
+	programs, closer, err := k.Programs()
 	if err != nil {
 		return fmt.Errorf("whether everything would still start cannot be said: %w", err)
 	}
+	defer closer.Close()
 	if len(programs) == 0 {
 		return errors.New("whether everything would still start cannot be said: no program was found")
 	}

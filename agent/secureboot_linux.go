@@ -1,10 +1,14 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"os"
 	"strings"
+	"time"
 
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/partition"
@@ -69,4 +73,107 @@ func openProgram(files *fat32.FS, path string) (*uki.File, error) {
 		return nil, fmt.Errorf("%s on the ESP: %w", path, err)
 	}
 	return p, nil
+}
+
+// keysKeeper brings db and dbx to what the release says.
+func (s *system) keysKeeper() *SecureBootKeeper {
+	return &SecureBootKeeper{
+		Log: s.log, Vars: efivarfs{efivarsPath}, Wanted: s.app.SecureBoot, Load: os.ReadFile,
+		Programs: func() ([]BootProgram, io.Closer, error) {
+			d, err := openSlots(s.initrd.Disk, s.initrd.Slot)
+			if err != nil {
+				return nil, nil, err
+			}
+			list, err := bootPrograms(d.disk, d.slot)
+			if err != nil {
+				return nil, nil, errors.Join(err, d.dev.Close())
+			}
+			return list, d.dev, nil
+		},
+		Seal: func(c VariableChange) error {
+			if s.keeper == nil {
+				return nil
+			}
+			return s.keeper.SealChange(c.Variables, c.Now, c.Next)
+		},
+	}
+}
+
+// keysRetry is how long an installation that goes on is waited for, each time.
+const keysRetry = 30 * time.Second
+
+// keepKeys makes the next change of the firmware's keys that the release brings, in a
+// boot that is good, and restarts in the window for it to be in force. Whatever goes
+// wrong is a problem in status, and no more (F65, F67). After a boot by the recovery key
+// the states are seen to first, and the keys at the next start.
+func (s *system) keepKeys(ctx context.Context) {
+	for !s.started.Load() || !s.ready() {
+		if !sleep(ctx, time.Second) {
+			return
+		}
+	}
+	var change *VariableChange
+	for {
+		err := s.changeKeys(ctx, &change)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, ErrUpdating) {
+			s.problem(err.Error())
+			return
+		}
+		if !sleep(ctx, keysRetry) {
+			return
+		}
+	}
+	if change == nil {
+		return
+	}
+	restart := func() { s.requestPower(true, "for the change of "+change.Variable+" to be in force") }
+	switch {
+	case s.updater == nil:
+		restart()
+	case s.app.Update.Automatic:
+		s.updater.rebootInWindow(ctx, restart)
+	}
+}
+
+// changeKeys makes one change, with installations kept out; change is what it made. No
+// change is made while a release waits for its boot or its trial: a box that comes back
+// from that has to find the keys it had.
+func (s *system) changeKeys(ctx context.Context, change **VariableChange) error {
+	if s.updater != nil {
+		end, err := s.updater.begin(0)
+		if err != nil {
+			return err
+		}
+		defer end()
+	}
+	k := s.keysKeeper()
+	plan, err := k.Plan()
+	status := k.Status(plan, err)
+	defer func() { s.keys.Store(status) }()
+	for _, note := range plan.Blocked {
+		s.log.Warn("Secure Boot", "blocked", note)
+	}
+	switch {
+	case err != nil:
+		s.log.Warn("Secure Boot", "error", err) // in status; not worth a problem of the box
+		return nil
+	case plan.Change == nil:
+		return nil
+	case s.updater != nil && s.updater.state(nil).Pending != nil:
+		status.Pending += " waits until the release that was installed has been tried"
+		return nil
+	case s.keeper != nil && s.keeper.Method == "recovery":
+		status.Pending += " waits for a start that the TPM opens"
+		return nil
+	}
+	if err := k.Apply(ctx, *plan.Change); err != nil {
+		status.Problems = append(status.Problems, err.Error())
+		return err
+	}
+	status.Pending = "the change of " + plan.Change.Variable + ", in force from the next start on,"
+	*change = plan.Change
+	return nil
 }

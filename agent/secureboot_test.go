@@ -28,6 +28,7 @@ import (
 	imagetree "github.com/holdfast-os/holdfast/image/tree"
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/partition/fat32"
 )
 
 // firmware is a variable store with the rules of EDK2's AuthVariableLib: signatures by
@@ -227,15 +228,15 @@ func newKeysBox(t *testing.T) *keysBox {
 			}
 			return nil, fs.ErrNotExist
 		},
-		Programs: func() (list []BootProgram, err error) {
+		Programs: func() (list []BootProgram, _ io.Closer, err error) {
 			for _, name := range slices.Sorted(maps.Keys(b.programs)) {
 				f, err := uki.Parse(bytes.NewReader(b.programs[name]), int64(len(b.programs[name])))
 				if err != nil {
-					return nil, err
+					return nil, nil, err
 				}
 				list = append(list, BootProgram{Name: name, File: f})
 			}
-			return list, nil
+			return list, io.NopCloser(nil), nil
 		},
 		Seal: func(c VariableChange) error {
 			c.Variables = maps.Clone(c.Variables)
@@ -411,9 +412,9 @@ func TestChangesThatKill(t *testing.T) {
 	b.blocked("one of two signers", "release 1.0.0 in slot a")
 	b = newKeysBox(t)
 	b.revokes(keys.Revocation{Digests: [][32]byte{{1}}})
-	b.Programs = func() ([]BootProgram, error) { return nil, errors.New("ESP unreadable") }
+	b.Programs = func() ([]BootProgram, io.Closer, error) { return nil, nil, errors.New("ESP unreadable") }
 	b.blocked("programs that cannot be read", "cannot be said", "ESP unreadable")
-	b.Programs = func() ([]BootProgram, error) { return nil, nil }
+	b.Programs = func() ([]BootProgram, io.Closer, error) { return nil, io.NopCloser(nil), nil }
 	b.blocked("no programs", "cannot be said")
 }
 
@@ -476,8 +477,8 @@ func TestVariablesUnreadable(t *testing.T) {
 		if s := b.Status(p, err); s.Mode != "unavailable" || len(s.Problems) != 1 {
 			t.Errorf("status %+v", s)
 		}
-		if on, why := SecureBootFor(b.fw, b.Wanted); on || !strings.Contains(why, "unavailable") {
-			t.Errorf("%s: on %v, %q", name, on, why)
+		if on, why, err := SecureBootFor(b.fw, b.Wanted); on || why != "" || !errors.Is(err, ErrVariables) {
+			t.Errorf("%s: on %v, %q, %v", name, on, why, err)
 		}
 	}
 	b := newKeysBox(t)
@@ -537,11 +538,11 @@ func TestEnrolmentIsReadBack(t *testing.T) {
 	ours, theirs := vendors(t)
 	want := image.SecureBoot{Enroll: "force", Keys: certificatesOf(ours)}
 	kept := enrolled(t, ours)
-	if on, why := SecureBootFor(kept, want); !on || why != "" {
+	if on, why, err := SecureBootFor(kept, want); err != nil || !on || why != "" {
 		t.Errorf("kept: %v, %q", on, why)
 	}
 	foreign := enrolled(t, theirs)
-	if on, why := SecureBootFor(foreign, want); !on || !strings.Contains(why, "somebody else") || !strings.Contains(why, "PK, KEK, db") {
+	if on, why, err := SecureBootFor(foreign, want); err != nil || !on || !strings.Contains(why, "somebody else") || !strings.Contains(why, "PK, KEK, db") {
 		t.Errorf("another vendor's: %v, %q", on, why)
 	}
 	for name, change := range map[string]func(*firmware){
@@ -557,10 +558,10 @@ func TestEnrolmentIsReadBack(t *testing.T) {
 	} {
 		f := enrolled(t, ours)
 		change(f)
-		if on, why := SecureBootFor(f, want); on || !strings.Contains(why, "does not keep keys over a restart") {
+		if on, why, err := SecureBootFor(f, want); err != nil || on || !strings.Contains(why, "does not keep keys over a restart") {
 			t.Errorf("%s: %v, %q", name, on, why)
 		}
-		if on, why := SecureBootFor(f, image.SecureBoot{}); on || strings.Contains(why, "restart") || why == "" {
+		if on, why, err := SecureBootFor(f, image.SecureBoot{}); err != nil || on || strings.Contains(why, "restart") || why == "" {
 			t.Errorf("%s, nothing to enrol: %v, %q", name, on, why)
 		}
 	}
@@ -610,10 +611,40 @@ func TestBootPrograms(t *testing.T) {
 	}
 	write(partition.SlotB, "1.1.0", 0)
 	write(partition.SlotA, "1.2.0", 1)
-	const loaders = "the boot loader EFI/BOOT/BOOTX64.EFI; the boot loader EFI/systemd/systemd-bootx64.efi; "
-	if got := names(); !strings.HasPrefix(got, loaders) || !strings.Contains(got, "release 1.1.0 in slot b") || !strings.Contains(got, "release 1.2.0 in slot a") {
-		t.Errorf("programs: %s", got)
+	// A slot whose tries are used up does not boot, whatever its release is.
+	before := names()
+	for _, e := range entriesOf(t, disk) {
+		if e.Slot == partition.SlotA {
+			device, esp, err := disk.Partition(partition.ESPName)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files, err := fat32.Open(device, esp.SizeBytes)
+			if err != nil {
+				t.Fatal(err)
+			}
+			stem, _, _ := strings.Cut(e.FileName, "+")
+			if err := files.Rename("loader/entries/"+e.FileName, "loader/entries/"+stem+"+0-1.conf"); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
+	if got := names(); strings.Contains(got, "slot a") || !strings.Contains(got, "slot b") {
+		t.Errorf("with a bad slot: %s", got)
+	}
+	const loaders = "the boot loader EFI/BOOT/BOOTX64.EFI; the boot loader EFI/systemd/systemd-bootx64.efi; "
+	if !strings.HasPrefix(before, loaders) || !strings.Contains(before, "release 1.1.0 in slot b") || !strings.Contains(before, "release 1.2.0 in slot a") {
+		t.Errorf("programs: %s", before)
+	}
+}
+
+func entriesOf(t *testing.T, disk *partition.Disk) []partition.Entry {
+	t.Helper()
+	entries, err := disk.Entries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entries
 }
 
 // TestEFIVarFS: the kernel's form of variables, on any file system.

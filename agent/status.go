@@ -35,6 +35,9 @@ type Status struct {
 	States []StateStatus `json:"states,omitempty"`
 	// SecureBoot says that the firmware enforces the vendor's keys.
 	SecureBoot bool `json:"secure_boot"`
+	// Keys are the firmware's, and what the release changes in them; nil until a boot is
+	// good, and after a hand-off.
+	Keys *SecureBootStatus `json:"secure_boot_keys,omitempty"`
 	// PCRs are registers at the moment the volumes were opened, in hex, as far as they
 	// were read then: what the policy binds of them, or all after a refusal.
 	PCRs map[int]string `json:"pcrs,omitempty"`
@@ -125,6 +128,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 			opened = ", which opened the data volumes in this boot"
 		}
 		fmt.Fprintf(&b, "state     %s%s\n", orNone(t.For), opened)
+	}
+	if s.Keys != nil {
+		s.Keys.lines(&b)
 	}
 	for _, d := range s.Degraded {
 		fmt.Fprintf(&b, "DEGRADED  %s\n", d)

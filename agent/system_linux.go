@@ -33,6 +33,7 @@ type system struct {
 	updater *Updater    // nil in a release that takes no updates
 	keeper  *Keeper     // nil without data volumes
 	sealed  sealed
+	keys    atomic.Pointer[SecureBootStatus] // nil until they were looked at
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -225,6 +226,7 @@ func (s *system) status() *Status {
 		disk.close()
 	}
 	s.describeStates(&out)
+	out.Keys = s.keys.Load()
 	out.ResidentBytes, out.PeakBytes = ownMemory()
 	if s.updater != nil {
 		u := s.updater.Status()

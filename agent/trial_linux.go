@@ -106,6 +106,7 @@ func (s *system) judge(ctx context.Context) {
 	}
 	if !entry.Counted {
 		s.keepSealed(ctx)
+		go s.keepKeys(ctx)
 		s.updates(ctx)
 		return
 	}
@@ -133,6 +134,7 @@ func (s *system) judge(ctx context.Context) {
 		s.updater.Commit()
 	}
 	s.keepSealed(ctx)
+	go s.keepKeys(ctx)
 	s.updates(ctx)
 }
 
@@ -148,6 +150,7 @@ func (s *system) confirm(ctx context.Context, disk *slots, entry partition.Entry
 	}
 	s.log.Info("boot confirmed", "slot", entry.Slot, "version", entry.Version)
 	s.keepSealed(ctx)
+	go s.keepKeys(ctx)
 	s.updates(ctx)
 }
 
