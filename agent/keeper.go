@@ -92,9 +92,12 @@ func (n *suspension) over(now time.Time) bool {
 	return n.BootsLeft <= 0 || now.After(n.Since.Add(suspendTime)) || now.Before(n.Since.Add(-suspendTime))
 }
 
-func (k *Keeper) notesPath() string {
-	return filepath.Join(k.Root, k.Volumes[0].Volume.Mount, stateFolder, notesFile)
+// folder is the agent's on the first volume.
+func (k *Keeper) folder() string {
+	return filepath.Join(k.Root, k.Volumes[0].Volume.Mount, stateFolder)
 }
+
+func (k *Keeper) notesPath() string { return filepath.Join(k.folder(), notesFile) }
 
 // notes reads them; what cannot be read is begun anew.
 func (k *Keeper) notes() *notes {
@@ -158,13 +161,8 @@ func (s *situation) ours(t seal.Token) bool { return t.SRK != nil && bytes.Equal
 
 func (k *Keeper) look() (s *situation, err error) {
 	s = &situation{notes: k.notes()}
-	v := k.Volumes[0]
-	h, _, err := luks2.Read(v.Device, v.Device.Size())
-	if err != nil {
-		return nil, fmt.Errorf("data volume %s: %w", v.Name, err)
-	}
-	for _, t := range tpmTokens(h) {
-		s.tokens = append(s.tokens, t.Token)
+	if s.tokens, _, err = k.inForce(); err != nil {
+		return nil, err
 	}
 	disk, closer, err := k.OpenDisk()
 	if err != nil {
@@ -175,7 +173,7 @@ func (k *Keeper) look() (s *situation, err error) {
 		return nil, err
 	}
 	if k.Policy.PIN {
-		if s.pin, err = os.ReadFile(filepath.Join(k.Root, v.Volume.Mount, stateFolder, pinFile)); err != nil {
+		if s.pin, err = os.ReadFile(filepath.Join(k.folder(), pinFile)); err != nil {
 			return nil, fmt.Errorf("the PIN that states are sealed with: %w", err)
 		}
 	}
@@ -389,15 +387,12 @@ func (k *Keeper) sync(s *situation, wanted []SealState, keep func(string, seal.T
 // tidy forgets values of states that are gone, reads the tokens again and keeps the rest.
 func (k *Keeper) tidy(s *situation) error {
 	before := k.notes()
-	v := k.Volumes[0]
-	h, _, err := luks2.Read(v.Device, v.Device.Size())
-	if err != nil {
+	var err error
+	if s.tokens, _, err = k.inForce(); err != nil {
 		return err
 	}
-	s.tokens = nil
 	hashes, names := map[string]bool{}, map[string]bool{}
-	for _, t := range tpmTokens(h) {
-		s.tokens = append(s.tokens, t.Token)
+	for _, t := range s.tokens {
 		hashes[hex.EncodeToString(t.PolicyHash[:])] = true
 		for _, n := range splitNames(t.For) {
 			names[n] = true
@@ -423,9 +418,6 @@ type Settled struct {
 	// Repaired says that the TPM opens again after a boot by the recovery key.
 	Repaired string
 	Problems []string
-	// Tokens are those in force.
-	Tokens []seal.Token
-	known  []map[int]pcr.Digest
 }
 
 // Settle makes the states right for what may boot from here. Call it in a boot that is
@@ -441,7 +433,6 @@ func (k *Keeper) Settle() (r Settled, err error) {
 	if err != nil {
 		return r, err
 	}
-	r.Tokens = s.tokens
 	k.countBoot(s)
 	wanted, err := k.present(s)
 	if err != nil {
@@ -457,31 +448,28 @@ func (k *Keeper) Settle() (r Settled, err error) {
 	if r.SyncReport, err = k.syncAndRaise(s, wanted, k.keeps(s, wanted)); err != nil {
 		return r, err
 	}
-	r.Tokens, r.known = s.tokens, k.knownValues(s)
 	if k.Method == "recovery" && !opens {
 		r.Repaired = "sealed to the present state, after a start that the recovery key opened; the TPM opens the data volumes again"
 	}
 	return r, nil
 }
 
-// Describe is what is in force, and what is wrong with the next boot; nothing is changed.
-func (k *Keeper) Describe() (r Settled, err error) {
-	s, err := k.look()
+// inForce reads the states that the volumes have now, and the register values by which
+// they are explained. It asks no TPM.
+func (k *Keeper) inForce() (tokens []seal.Token, known []map[int]pcr.Digest, err error) {
+	v := k.Volumes[0]
+	h, _, err := luks2.Read(v.Device, v.Device.Size())
 	if err != nil {
-		return r, err
+		return nil, nil, fmt.Errorf("data volume %s: %w", v.Name, err)
 	}
-	r.Tokens, r.known = s.tokens, k.knownValues(s)
-	r.Problems, err = k.NextBoot()
-	return r, err
-}
-
-// knownValues are the registers by which states are explained.
-func (k *Keeper) knownValues(s *situation) []map[int]pcr.Digest {
-	known := []map[int]pcr.Digest{s.now}
-	for _, values := range s.notes.Values {
+	for _, t := range tpmTokens(h) {
+		tokens = append(tokens, t.Token)
+	}
+	known = append(known, k.PCRs)
+	for _, values := range k.notes().Values {
 		known = append(known, pcrValues(values))
 	}
-	return known
+	return tokens, known, nil
 }
 
 // countBoot counts a suspension down, once in a boot.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -173,24 +174,34 @@ func (s *system) describeStates(out *Status) {
 	if s.keeper == nil {
 		return
 	}
+	out.describe(s.keeper)
 	s.sealed.mu.Lock()
 	defer s.sealed.mu.Unlock()
-	if r := s.sealed.settled; r != nil {
-		out.setStates(r.Tokens, s.keeper.Opened, r.known)
-		out.Repaired = r.Repaired
-		out.Problems = append(out.Problems, r.Problems...)
-		if time.Since(s.sealed.asked) > warningTime {
-			var err error
-			if s.sealed.warnings, err = s.keeper.NextBoot(); err != nil {
-				s.log.Info("nothing can be said of the next start", "reason", err)
-			}
-			s.sealed.asked = time.Now()
-		}
-		out.Problems = append(out.Problems, s.sealed.warnings...)
-	}
 	if s.sealed.problem != "" {
 		out.Problems = append(out.Problems, s.sealed.problem)
 	}
+	r := s.sealed.settled
+	if r == nil {
+		return
+	}
+	out.Repaired = r.Repaired
+	if time.Since(s.sealed.asked) > warningTime {
+		var err error
+		if s.sealed.warnings, err = s.keeper.NextBoot(); err != nil {
+			s.log.Info("nothing can be said of the next start", "reason", err)
+		}
+		s.sealed.asked = time.Now()
+	}
+	out.Problems = slices.Concat(out.Problems, r.Problems, s.sealed.warnings)
+}
+
+func (s *Status) describe(k *Keeper) {
+	tokens, known, err := k.inForce()
+	if err != nil {
+		s.Problems = append(s.Problems, fmt.Sprintf("TPM states: %v", err))
+		return
+	}
+	s.setStates(tokens, k.Opened, known)
 }
 
 // describeHere completes what the initrd left, where no agent runs.
@@ -199,14 +210,12 @@ func (s *Status) describeHere() {
 	if k == nil && err == nil {
 		return
 	}
-	var r Settled
+	var warnings []string
 	if err == nil {
-		r, err = k.Describe()
+		s.describe(k)
+		warnings, err = k.NextBoot()
 	}
-	if len(r.Tokens) > 0 {
-		s.setStates(r.Tokens, k.Opened, r.known)
-	}
-	s.Problems = append(s.Problems, r.Problems...)
+	s.Problems = append(s.Problems, warnings...)
 	if err != nil {
 		s.Problems = append(s.Problems, fmt.Sprintf("TPM states: %v", err))
 	}

@@ -730,9 +730,12 @@ func TestStatusOfStates(t *testing.T) {
 	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStrict}, true, "1.1.0")
 	st.mustSettle()
 	st.apply("1.1.0")
-	r := st.mustSettle()
 	status := st.s.status
-	status.setStates(r.Tokens, st.k.Opened, r.known)
+	tokens, known, err := st.k.inForce()
+	if err != nil {
+		t.Fatal(err)
+	}
+	status.setStates(tokens, st.k.Opened, known)
 	if len(status.States) != 2 {
 		t.Fatalf("states: %+v", status.States)
 	}
