@@ -50,6 +50,8 @@ require (
 	golang.org/x/sys v0.49.0
 	// whether a person watches, and a raw terminal for the console of run.
 	golang.org/x/term v0.47.0
+	// the QR code of a recovery key on the console: Reed-Solomon, masks and placement.
+	rsc.io/qr v0.2.0
 )
 
 require (

@@ -57,6 +57,7 @@ func (s *system) serveAPI(ctx context.Context) error {
 	mux.HandleFunc("POST /v1/reseal", s.answerReseal)
 	mux.HandleFunc("GET /v1/update", s.answerUpdate)
 	mux.HandleFunc("POST /v1/update/{action}", s.answerUpdate)
+	s.serveRecovery(mux)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		<-ctx.Done()

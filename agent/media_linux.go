@@ -36,13 +36,13 @@ const (
 	RepositoryFolder = "holdfast"
 )
 
-// watchMedia installs from media that are plugged in, first come, first served. A
+// watchMedia has a look at media that are plugged in, first come, first served. A
 // medium is looked at once for each time that it is plugged in, so one that is left
-// in does no harm.
+// in does no harm. still says whether the device is the same medium yet.
 //
 // It is mounted read-only, and nothing on it is executed, followed or trusted. Its
 // file system is the kernel's to parse: who fears for that writes stick: false.
-func (u *Updater) watchMedia(ctx context.Context, systemDisk string, reboot func(version string)) {
+func watchMedia(ctx context.Context, systemDisk string, look func(device string, still func() bool)) {
 	seen := map[string]string{}
 	for {
 		here := mediaDevices(systemDisk)
@@ -52,13 +52,7 @@ func (u *Updater) watchMedia(ctx context.Context, systemDisk string, reboot func
 				continue
 			}
 			seen[name] = id
-			version, err := u.fromMedium(ctx, "/dev/"+name, func() bool { return mediaDevices(systemDisk)[name] == id })
-			if err != nil {
-				u.Log.Warn("medium", "device", "/dev/"+name, "error", err)
-			}
-			if version != "" {
-				u.rebootInWindow(ctx, func() { reboot(version) })
-			}
+			look("/dev/"+name, func() bool { return mediaDevices(systemDisk)[name] == id })
 		}
 		if !sleep(ctx, mediaPoll) {
 			return

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
@@ -63,7 +62,9 @@ func (m *Machine) provision(b image.Boot, vols []*volume) error {
 			return fmt.Errorf("make data volume %s: %w", v.Name, err)
 		}
 	}
-	m.showRecoveryKey(keys.recovery)
+	if err := m.handOver(b, vols, keys.recovery); err != nil {
+		return err
+	}
 	for _, v := range vols {
 		if err := v.header.Publish(v.Device); err != nil {
 			return fmt.Errorf("publish data volume %s: %w", v.Name, err)
@@ -294,13 +295,4 @@ func randomUUID(r io.Reader) (string, error) {
 	}
 	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80 // RFC 9562 version 4
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:]), nil
-}
-
-// showRecoveryKey prints the key where a person sees it, and nowhere else: the
-// console is not part of any log the agent keeps.
-func (m *Machine) showRecoveryKey(k *luks2.RecoveryKey) {
-	rule := strings.Repeat("=", 78)
-	fmt.Fprintf(m.Console, "\r\n%s\r\n  RECOVERY KEY of this box. Write it down: it is shown once, and it is the only\r\n"+
-		"  way to the data when the TPM or the mainboard is gone.\r\n\r\n  %s\r\n\r\n"+
-		"  It is void only if a later start of this box shows another one.\r\n%s\r\n\r\n", rule, k.String(), rule)
 }

@@ -50,6 +50,8 @@ type Status struct {
 	Services []ServiceStatus `json:"services,omitempty"`
 	// Update is what is pending and what happened last; nil in a release that takes no updates.
 	Update *UpdateStatus `json:"update,omitempty"`
+	// Recovery is how the recovery key is kept; nil without data volumes.
+	Recovery *RecoveryStatus `json:"recovery,omitempty"`
 
 	Boot BootTimes `json:"boot"`
 	// ResidentBytes is the agent's memory now, PeakBytes the most it has had.
@@ -161,6 +163,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		fmt.Fprintln(tw)
 	}
 	tw.Flush()
+	if s.Recovery != nil {
+		s.Recovery.lines(&b)
+	}
 	if s.Update != nil {
 		s.Update.lines(&b)
 	}

@@ -34,6 +34,7 @@ type system struct {
 	keeper  *Keeper     // nil without data volumes
 	sealed  sealed
 	keys    atomic.Pointer[SecureBootStatus] // nil until they were looked at
+	custody *Custody                         // nil in an appliance without data volumes
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -56,6 +57,7 @@ func RunSystem(console io.Writer) error {
 	s.configureKernel()
 	s.watchSignals()
 	s.openKeeper()
+	s.settleRecovery()
 	s.settleUpdates()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
@@ -231,6 +233,10 @@ func (s *system) status() *Status {
 	if s.updater != nil {
 		u := s.updater.Status()
 		out.Update = &u
+	}
+	if s.custody != nil {
+		r := s.custody.Status()
+		out.Recovery = &r
 	}
 	for _, group := range []struct {
 		kind string

@@ -93,6 +93,12 @@ func (s *system) newUpdater() (*Updater, error) {
 			return d.disk, d.dev, nil
 		},
 	}
+	if s.custody == nil {
+		s.custody = s.newCustody()
+	}
+	if s.custody != nil {
+		u.Hold = s.custody.Hold
+	}
 	if u.FleetKey, err = os.ReadFile(image.FleetKeyPath); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
@@ -298,12 +304,35 @@ func (s *system) settleUpdates() {
 // updates follows the sources until ctx ends. It begins once the slot that runs is
 // good: before that, the other one may be all that boots.
 func (s *system) updates(ctx context.Context) {
+	restart := func(version string) { s.requestPower(true, fmt.Sprintf("to start release %s", version)) }
+	if s.updater != nil {
+		go s.updater.follow(ctx, restart)
+	}
+	if s.custody != nil {
+		go s.custody.deliver(ctx)
+	}
+	escrow := s.custody != nil && len(s.app.Recovery.Holders) > 0
+	if s.updater != nil && s.app.Update.Stick || s.updater == nil && escrow {
+		go watchMedia(ctx, s.initrd.Disk, func(device string, still func() bool) { s.lookAt(ctx, device, still, restart) })
+	}
+}
+
+// lookAt takes from a medium what there is for this box: first a receipt, for which an
+// update on it may wait.
+func (s *system) lookAt(ctx context.Context, device string, still func() bool, restart func(version string)) {
+	if s.custody != nil {
+		if err := s.custody.carry(device, s.app.Update.WriteBack, still); err != nil {
+			s.log.Warn("medium", "device", device, "error", err)
+		}
+	}
 	if s.updater == nil {
 		return
 	}
-	restart := func(version string) { s.requestPower(true, fmt.Sprintf("to start release %s", version)) }
-	go s.updater.follow(ctx, restart)
-	if s.app.Update.Stick {
-		go s.updater.watchMedia(ctx, s.initrd.Disk, restart)
+	version, err := s.updater.fromMedium(ctx, device, still)
+	if err != nil {
+		s.log.Warn("medium", "device", device, "error", err)
+	}
+	if version != "" {
+		s.updater.rebootInWindow(ctx, func() { restart(version) })
 	}
 }

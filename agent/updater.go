@@ -57,7 +57,9 @@ type Updater struct {
 	// is to be written into a slot. It is called before the first write; an error says why
 	// this box cannot boot the release.
 	Prepare func(image.Manifest, partition.Slot) error
-	Now     func() time.Time
+	// Hold, when set, says why none may be installed now; it is asked each time.
+	Hold func() error
+	Now  func() time.Time
 
 	// locks is where processes that share Dir have their locks; "" when there is only this one.
 	locks string
@@ -543,6 +545,11 @@ var (
 // install writes the other slot. All that can be known beforehand is checked
 // before the first write.
 func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
+	if u.Hold != nil {
+		if err := u.Hold(); err != nil {
+			return fmt.Errorf("%w: %w", errUnfit, err)
+		}
+	}
 	m := c.Release.Manifest
 	u.set(func(r *UpdateStatus) { r.Doing = "installing " + m.Version })
 	defer u.set(func(r *UpdateStatus) { r.Doing, r.DoneBytes, r.TotalBytes = "", 0, 0 })

@@ -38,6 +38,9 @@ const usage = `usage: holdfast-agent VERB
   update check|apply [PATH] [--version V] [--reboot] [--json]
                          from the spec's repository, or a bundle or repository at PATH
   update status [--json] what waits, what failed and why, the last 50 updates
+  recovery [status]      who has the recovery key, in which escrow  [--json]
+  recovery replace       another recovery key; the old one holds until that is typed back
+  recovery escrow FILE   the escrow, for who keeps it;  recovery receipt FILE brings his receipt
   version
 
 exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install, not on trial
@@ -101,6 +104,8 @@ func run(args []string) int {
 		err = reseal(ctx, c, args[1:])
 	case args[0] == "update" && len(args) > 1:
 		err = updates(ctx, c, args[1], args[2:])
+	case args[0] == "recovery":
+		err = recovery(ctx, args[1:])
 	case args[0] == "version" && len(args) == 1:
 		fmt.Println("holdfast-agent", version)
 	default:

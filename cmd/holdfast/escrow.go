@@ -202,7 +202,7 @@ example: holdfast escrow newkey receipt`), args, 1)
 	if err != nil {
 		return err
 	}
-	private, public, err := escrow.GenerateReceiptKey()
+	private, public, err := escrow.GenerateKey()
 	if err != nil {
 		return err
 	}

@@ -21,7 +21,7 @@ func TestRecoverySection(t *testing.T) {
 	k := newKeys(t)
 	w := newWorkshop(t, k, newCache(t))
 	_, owner := newFleetKey(t)
-	_, receipt, err := escrow.GenerateReceiptKey()
+	_, receipt, err := escrow.GenerateKey()
 	if err != nil {
 		t.Fatal(err)
 	}

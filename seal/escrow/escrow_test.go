@@ -323,7 +323,7 @@ func TestSecretsStayOut(t *testing.T) {
 }
 
 func TestReceipt(t *testing.T) {
-	private, public, err := GenerateReceiptKey()
+	private, public, err := GenerateKey()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -415,7 +415,7 @@ func TestOpenSSLKeys(t *testing.T) {
 	if key, err := ParsePrivateKey(text); err != nil || !public.Equal(key.Public()) {
 		t.Errorf("openssl's key: %v", err)
 	}
-	private, ours, err := GenerateReceiptKey()
+	private, ours, err := GenerateKey()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -541,7 +541,7 @@ func TestWriteReleasedFormat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	private, public, err := GenerateReceiptKey()
+	private, public, err := GenerateKey()
 	if err != nil {
 		t.Fatal(err)
 	}

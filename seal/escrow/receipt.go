@@ -107,9 +107,9 @@ func (r *Receipt) Covers(e *Escrow) error {
 	return nil
 }
 
-// GenerateReceiptKey makes the key that signs receipts: PKCS #8 and PKIX in PEM, as
-// openssl has them.
-func GenerateReceiptKey() (private, public []byte, err error) {
+// GenerateKey makes an Ed25519 key, of a box or of who signs receipts: PKCS #8 and PKIX
+// in PEM, as openssl has them.
+func GenerateKey() (private, public []byte, err error) {
 	pub, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return nil, nil, err

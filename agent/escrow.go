@@ -1,0 +1,208 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/holdfast-os/holdfast/seal/escrow"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+const (
+	// escrowRequest is a file on a medium that asks for the escrow.
+	escrowRequest = "escrow-request"
+	// maxReceipts of a medium are looked at.
+	maxReceipts = 64
+
+	postTime    = time.Minute
+	postAgain   = 6 * time.Hour // when the escrow has arrived and the receipt has not
+	postPoll    = 20 * time.Second
+	maxPosted   = 64 << 10
+	postRetry   = time.Minute
+	postLongest = 2 * time.Hour
+)
+
+// deliver sends the escrow to the spec's URL until its receipt is there, or, without
+// receipts, until it has arrived; and again when there is another.
+func (c *Custody) deliver(ctx context.Context) {
+	if c.Config.URL == "" {
+		return
+	}
+	sent := [32]byte{}
+	retry, next := postRetry, c.Now()
+	for wait := firstCheckMin + rand.N(firstCheckMin); sleep(ctx, wait); wait = postPoll {
+		e := c.undelivered()
+		if e == nil || e.Digest() == sent && c.Now().Before(next) {
+			continue
+		}
+		if e.Digest() != sent {
+			retry = postRetry
+		}
+		sent = e.Digest()
+		err := c.Post(ctx, e)
+		if err == nil {
+			retry, next = postRetry, c.Now().Add(postAgain)
+			continue
+		}
+		c.Log.Warn("escrow not delivered", "url", c.Config.URL, "error", err)
+		next = c.Now().Add(retry/2 + rand.N(retry/2))
+		retry = min(2*retry, postLongest)
+	}
+}
+
+// undelivered is the escrow that has yet to arrive; nil when there is none.
+func (c *Custody) undelivered() *escrow.Escrow {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a, e, err := c.current()
+	if err != nil {
+		return nil
+	}
+	if c.Config.ReceiptKeyPEM != "" {
+		if c.receipt(e) != nil {
+			return nil
+		}
+		return e
+	}
+	if e.Serial == a.Serial && a.Handed != nil || a.Next != nil && e.Serial == a.Next.Serial && a.Next.Handed != nil {
+		return nil
+	}
+	return e
+}
+
+// Post sends the escrow to the spec's URL once. It has arrived when the answer is the
+// receipt, or names the escrow's SHA-256: whoever else may answer in a network, such as
+// a hotel's login page, does not.
+func (c *Custody) Post(ctx context.Context, e *escrow.Escrow) error {
+	ctx, cancel := context.WithTimeout(ctx, postTime)
+	defer cancel()
+	client, err := c.client()
+	if err != nil {
+		return err
+	}
+	defer client.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.Config.URL, bytes.NewReader(e.Marshal()))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("User-Agent", "holdfast-agent "+c.Product+"/"+c.Release)
+	resp, err := client.Do(req)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxPosted))
+	if err != nil {
+		return err
+	}
+	if resp.StatusCode/100 != 2 {
+		return fmt.Errorf("the server answers %s", resp.Status)
+	}
+	sum := e.Digest()
+	if !bytes.Contains(body, []byte(hex.EncodeToString(sum[:]))) {
+		return errors.New("the answer neither is the receipt nor names the escrow's SHA-256: it may be from somebody on the way")
+	}
+	if err := c.HandedOut(e, c.Config.URL); err != nil {
+		return err
+	}
+	if c.Config.ReceiptKeyPEM == "" || !bytes.HasPrefix(bytes.TrimSpace(body), []byte("{")) {
+		return nil
+	}
+	return c.TakeReceipt(body)
+}
+
+// client trusts the spec's certificates, or the system's, and follows nobody elsewhere.
+func (c *Custody) client() (*http.Client, error) {
+	t := &tls.Config{MinVersion: tls.VersionTLS12}
+	if c.Config.CAPEM != "" {
+		t.RootCAs = x509.NewCertPool()
+		if !t.RootCAs.AppendCertsFromPEM([]byte(c.Config.CAPEM)) {
+			return nil, errors.New("the release's certificates for the escrow server cannot be read")
+		}
+	}
+	web := c.web
+	if web == nil {
+		web = &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: t, MaxResponseHeaderBytes: maxPosted}
+	}
+	return &http.Client{
+		Transport:     web,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}, nil
+}
+
+// fromFolder takes the receipts in the top folder of a medium, and says whether the
+// medium asks for the escrow. Only plain files count.
+func (c *Custody) fromFolder(dir string) (asks bool, err error) {
+	if info, err := os.Lstat(filepath.Join(dir, escrowRequest)); err == nil && info.Mode().IsRegular() {
+		asks = true
+	}
+	paths, err := filesIn(dir, maxReceipts, func(name string) bool {
+		return strings.HasPrefix(name, escrow.ReceiptPrefix) && strings.HasSuffix(name, ".json")
+	})
+	if err != nil || c.Config.ReceiptKeyPEM == "" {
+		return asks, err
+	}
+	var all []error
+	for _, path := range paths {
+		b, err := readLimited(path, escrow.MaxReceiptBytes)
+		if err == nil {
+			err = c.TakeReceipt(b)
+		}
+		if err == nil {
+			return asks, nil
+		}
+		all = append(all, fmt.Errorf("%s: %w", printable(filepath.Base(path)), err))
+	}
+	return asks, errors.Join(all...)
+}
+
+// filesIn lists at most so many plain files of a folder.
+func filesIn(dir string, most int, wanted func(name string) bool) (list []string, err error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	for seen := 0; seen < maxMediaNames && len(list) < most; {
+		entries, err := d.ReadDir(mediaNamesAtOnce)
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		seen += len(entries)
+		for _, e := range entries {
+			if e.Type().IsRegular() && wanted(e.Name()) && len(list) < most {
+				list = append(list, filepath.Join(dir, e.Name()))
+			}
+		}
+	}
+	return list, nil
+}
+
+// ToFolder writes the escrow into a folder and notes that it was handed out there.
+func (c *Custody) ToFolder(dir, to string) (path string, err error) {
+	e, err := c.Escrow()
+	if err != nil {
+		return "", err
+	}
+	path = filepath.Join(dir, e.FileName())
+	if err := update.WriteFile(path, e.Marshal(), 0o644); err != nil {
+		return "", err
+	}
+	return path, c.HandedOut(e, to)
+}

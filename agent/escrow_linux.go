@@ -1,0 +1,284 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"os"
+	"slices"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal/escrow"
+	"github.com/holdfast-os/holdfast/seal/luks2"
+)
+
+// newCustody is nil for an appliance without data volumes.
+func (s *system) newCustody() *Custody {
+	if len(s.app.Volumes) == 0 {
+		return nil
+	}
+	c := newCustody(s.log, s.app, "/")
+	c.Open = func() ([]Partition, io.Closer, error) { return openData(s.initrd.Disk, s.app.Volumes) }
+	return c
+}
+
+// settleRecovery ends what an earlier run left undone.
+func (s *system) settleRecovery() {
+	if s.custody = s.newCustody(); s.custody == nil {
+		return
+	}
+	if err := s.custody.Settle(); err != nil {
+		s.problem(fmt.Sprintf("recovery key: %v", err))
+	}
+}
+
+// openData opens the partitions of the volumes on the disk that the system runs from.
+func openData(device string, volumes []image.Volume) (parts []Partition, closer io.Closer, err error) {
+	dev, err := partition.OpenShared(device)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, dev.Close())
+		}
+	}()
+	disk, err := partition.Open(dev)
+	if err != nil {
+		return nil, nil, fmt.Errorf("disk %s: %w", device, err)
+	}
+	for _, v := range volumes {
+		part, _, err := disk.Partition(v.Name)
+		if err != nil {
+			return nil, nil, err
+		}
+		number := slices.IndexFunc(disk.Layout().Partitions, func(p partition.Partition) bool { return p.Name == v.Name }) + 1
+		parts = append(parts, Partition{Volume: v, Number: number, Device: part})
+	}
+	return parts, dev, nil
+}
+
+// carry looks at a medium for receipts and for a request for the escrow, and writes the
+// escrow there when asked to, or when it writes back outcomes of updates anyway.
+func (c *Custody) carry(device string, writeBack bool, still func() bool) error {
+	if len(c.Config.Holders) == 0 {
+		return nil
+	}
+	f, err := os.Open(device)
+	if err != nil {
+		return err
+	}
+	fs, err := fileSystemOf(f)
+	if err = errors.Join(err, f.Close()); err != nil || fs == "" {
+		return err
+	}
+	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
+		return err
+	}
+	asks, err := c.fromFolder(mediaPath)
+	if releases, looked := findReleases(mediaPath); looked == nil && len(releases) > 0 && writeBack {
+		asks = asks || c.undelivered() != nil
+	}
+	unmountMedium()
+	if !asks || errors.Is(err, unix.EIO) || !still() {
+		return err
+	}
+	if fs == "ext4" {
+		return errors.Join(err, errors.New("the escrow is not written to ext4: bring a stick with FAT or exFAT"))
+	}
+	if mounted := mountMedium(device, fs, 0); mounted != nil {
+		return errors.Join(err, mounted)
+	}
+	defer unmountMedium()
+	_, wrote := c.ToFolder(mediaPath, "medium "+device)
+	if errors.Is(wrote, ErrNoEscrow) {
+		wrote = nil
+	}
+	return errors.Join(err, wrote)
+}
+
+// serveRecovery adds the recovery key to the local API.
+func (s *system) serveRecovery(mux *http.ServeMux) {
+	handle := func(pattern string, do func(c *Custody, r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if s.custody == nil {
+				http.Error(w, "this appliance has no data volume, and so no recovery key", http.StatusConflict)
+				return
+			}
+			answer, err := do(s.custody, r)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusConflict)
+				return
+			}
+			writeJSON(w, answer)
+		})
+	}
+	status := func(c *Custody, err error) (any, error) { return c.Status(), err }
+	handle("GET /v1/recovery", func(c *Custody, _ *http.Request) (any, error) { return status(c, nil) })
+	handle("GET /v1/recovery/escrow", func(c *Custody, _ *http.Request) (any, error) { return c.Escrow() })
+	handle("POST /v1/recovery/handed-out", func(c *Custody, r *http.Request) (any, error) {
+		e, err := c.Escrow()
+		if err != nil {
+			return nil, err
+		}
+		return status(c, c.HandedOut(e, r.URL.Query().Get("to")))
+	})
+	handle("POST /v1/recovery/receipt", func(c *Custody, r *http.Request) (any, error) {
+		return status(c, c.TakeReceipt([]byte(r.URL.Query().Get("receipt"))))
+	})
+	handle("POST /v1/recovery/replace", func(c *Custody, _ *http.Request) (any, error) {
+		r, err := c.Replace()
+		if err != nil {
+			return nil, err
+		}
+		return newReplacement(r, c.Config), nil
+	})
+	handle("POST /v1/recovery/commit", func(c *Custody, r *http.Request) (any, error) {
+		serial, err := strconv.Atoi(r.URL.Query().Get("serial"))
+		if err != nil {
+			return nil, errors.New("serial is the number of the key that replace made")
+		}
+		return status(c, c.Commit(serial))
+	})
+	handle("POST /v1/recovery/abandon", func(c *Custody, _ *http.Request) (any, error) { return status(c, c.Abandon()) })
+}
+
+// Replacement is another recovery key on its way from the agent to the person who asked.
+type Replacement struct {
+	Serial int `json:"serial"`
+	// Key is "" when the spec says that nobody is shown one.
+	Key string `json:"key,omitempty"`
+	// Console is how the spec wants keys shown.
+	Console string `json:"console,omitempty"`
+}
+
+func newReplacement(r *Replaced, config image.Recovery) *Replacement {
+	out := &Replacement{Serial: r.Serial, Console: config.Console}
+	if r.Key != nil {
+		out.Key = r.Key.String()
+		r.Key.Wipe()
+	}
+	return out
+}
+
+// Show prints the key for the person who asked.
+func (r *Replacement) Show(w io.Writer) error {
+	key, err := luks2.ParseRecoveryKey(r.Key)
+	if err != nil {
+		return err
+	}
+	defer key.Wipe()
+	showRecoveryKey(w, key, r.Console, fmt.Sprintf("RECOVERY KEY %d of this box. Write it down: it is shown once, and takes the old\r\n  one's place when you have typed it back.", r.Serial),
+		"Until then the old one holds.")
+	return nil
+}
+
+// Matches is an error unless that is the key.
+func (r *Replacement) Matches(typed string) error {
+	key, err := luks2.ParseRecoveryKey(r.Key)
+	if err != nil {
+		return err
+	}
+	defer key.Wipe()
+	return sameKey(key, typed)
+}
+
+// RecoveryClient asks the running agent about the recovery key, or, after a hand-off to
+// another init, does in this process what the agent would.
+func RecoveryClient(ctx context.Context, log *slog.Logger) (*Client, error) {
+	c := NewClient()
+	c.http.Timeout = 0 // deriving keys takes its time
+	if _, err := c.RecoveryStatus(ctx); !errors.Is(err, fs.ErrNotExist) {
+		return c, nil
+	}
+	s := &system{log: log}
+	if err := s.load(); err != nil {
+		return nil, err
+	}
+	if s.custody = s.newCustody(); s.custody != nil {
+		if err := s.custody.Settle(); err != nil {
+			return nil, err
+		}
+	}
+	mux := http.NewServeMux()
+	s.serveRecovery(mux)
+	c.http.Transport = inProcess{mux}
+	return c, nil
+}
+
+// inProcess answers requests without a network.
+type inProcess struct{ http.Handler }
+
+// RoundTrip implements [http.RoundTripper].
+func (p inProcess) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := &answer{header: http.Header{}, status: http.StatusOK}
+	p.ServeHTTP(w, r)
+	return &http.Response{StatusCode: w.status, Header: w.header, Body: io.NopCloser(&w.body), Request: r}, nil
+}
+
+// answer is what a handler wrote.
+type answer struct {
+	header http.Header
+	status int
+	body   bytes.Buffer
+}
+
+func (a *answer) Header() http.Header         { return a.header }
+func (a *answer) WriteHeader(status int)      { a.status = status }
+func (a *answer) Write(b []byte) (int, error) { return a.body.Write(b) }
+
+func (c *Client) recovery(ctx context.Context, action string, q url.Values) (*RecoveryStatus, error) {
+	s := &RecoveryStatus{}
+	return s, c.call(ctx, http.MethodPost, "/v1/recovery/"+action+"?"+q.Encode(), s)
+}
+
+// RecoveryStatus tells how the recovery key is kept.
+func (c *Client) RecoveryStatus(ctx context.Context) (*RecoveryStatus, error) {
+	s := &RecoveryStatus{}
+	return s, c.call(ctx, http.MethodGet, "/v1/recovery", s)
+}
+
+// Escrow is the escrow to hand out.
+func (c *Client) Escrow(ctx context.Context) (*escrow.Escrow, error) {
+	e := &escrow.Escrow{}
+	if err := c.call(ctx, http.MethodGet, "/v1/recovery/escrow", e); err != nil {
+		return nil, err
+	}
+	return escrow.Parse(e.Marshal())
+}
+
+// HandedOut notes who was given the escrow.
+func (c *Client) HandedOut(ctx context.Context, to string) (*RecoveryStatus, error) {
+	return c.recovery(ctx, "handed-out", url.Values{"to": {to}})
+}
+
+// TakeReceipt brings a receipt.
+func (c *Client) TakeReceipt(ctx context.Context, receipt []byte) (*RecoveryStatus, error) {
+	return c.recovery(ctx, "receipt", url.Values{"receipt": {string(receipt)}})
+}
+
+// ReplaceKey makes another recovery key; see [Custody.Replace].
+func (c *Client) ReplaceKey(ctx context.Context) (*Replacement, error) {
+	r := &Replacement{}
+	return r, c.call(ctx, http.MethodPost, "/v1/recovery/replace", r)
+}
+
+// CommitKey puts another recovery key in force; see [Custody.Commit].
+func (c *Client) CommitKey(ctx context.Context, serial int) (*RecoveryStatus, error) {
+	return c.recovery(ctx, "commit", url.Values{"serial": {strconv.Itoa(serial)}})
+}
+
+// AbandonKey drops another recovery key that is not in force.
+func (c *Client) AbandonKey(ctx context.Context) (*RecoveryStatus, error) {
+	return c.recovery(ctx, "abandon", nil)
+}

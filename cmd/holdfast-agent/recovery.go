@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"strings"
+
+	"github.com/holdfast-os/holdfast/agent"
+	"github.com/holdfast-os/holdfast/seal/escrow"
+)
+
+// recovery is the verb recovery.
+func recovery(ctx context.Context, args []string) error {
+	action := "status"
+	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
+		action, args = args[0], args[1:]
+	}
+	flags := flag.NewFlagSet("recovery", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	asJSON := flags.Bool("json", false, "")
+	yes := flags.Bool("yes", false, "")
+	var files []string
+	for len(args) > 0 { // flags may stand behind the file
+		if err := flags.Parse(args); err != nil {
+			return errUsage
+		}
+		if args = flags.Args(); len(args) > 0 {
+			files, args = append(files, args[0]), args[1:]
+		}
+	}
+	wants := map[string]int{"status": 0, "escrow": 1, "receipt": 1, "replace": 0}
+	if n, ok := wants[action]; !ok || len(files) != n || *yes && action != "replace" {
+		return errUsage
+	}
+	c, err := agent.RecoveryClient(ctx, slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	if err != nil {
+		return err
+	}
+	var s *agent.RecoveryStatus
+	switch action {
+	case "status":
+		s, err = c.RecoveryStatus(ctx)
+	case "escrow":
+		s, err = writeEscrow(ctx, c, files[0])
+	case "receipt":
+		s, err = bringReceipt(ctx, c, files[0])
+	case "replace":
+		s, err = replaceKey(ctx, c, *yes)
+	}
+	if err != nil {
+		return err
+	}
+	if *asJSON {
+		return json.NewEncoder(os.Stdout).Encode(s)
+	}
+	_, err = s.WriteTo(os.Stdout)
+	return err
+}
+
+func writeEscrow(ctx context.Context, c *agent.Client, path string) (*agent.RecoveryStatus, error) {
+	e, err := c.Escrow(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(path, e.Marshal(), 0o644); err != nil {
+		return nil, err
+	}
+	return c.HandedOut(ctx, "file "+path)
+}
+
+func bringReceipt(ctx context.Context, c *agent.Client, path string) (*agent.RecoveryStatus, error) {
+	info, err := os.Stat(path)
+	if err == nil && (!info.Mode().IsRegular() || info.Size() > escrow.MaxReceiptBytes) {
+		err = fmt.Errorf("%s is not a plain file of at most %d bytes", path, escrow.MaxReceiptBytes)
+	}
+	if err != nil {
+		return nil, err
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	return c.TakeReceipt(ctx, b)
+}
+
+// replaceKey shows another recovery key and puts it in force when the person has it. An
+// end of the input, or of this program, leaves the old one in force.
+func replaceKey(ctx context.Context, c *agent.Client, yes bool) (*agent.RecoveryStatus, error) {
+	r, err := c.ReplaceKey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if r.Key == "" { // the spec shows nobody one
+		return c.RecoveryStatus(ctx)
+	}
+	if err := r.Show(os.Stdout); err != nil {
+		return nil, err
+	}
+	if !yes {
+		if err := typeBack(r); err != nil {
+			_, dropped := c.AbandonKey(ctx)
+			return nil, errors.Join(fmt.Errorf("%w: the old recovery key stays in force", err), dropped)
+		}
+	}
+	return c.CommitKey(ctx, r.Serial)
+}
+
+func typeBack(r *agent.Replacement) error {
+	in := bufio.NewReaderSize(os.Stdin, 4096)
+	for {
+		fmt.Fprint(os.Stderr, "type the recovery key back (or: cancel): ")
+		line, err := in.ReadString('\n')
+		switch line = strings.TrimSpace(line); {
+		case line == "cancel":
+			return errors.New("cancelled")
+		case err != nil:
+			return fmt.Errorf("not confirmed: %w", err)
+		case line == "":
+			continue
+		}
+		if err := r.Matches(line); err == nil {
+			return nil
+		} else {
+			fmt.Fprintln(os.Stderr, "not the same:", err)
+		}
+	}
+}
