@@ -79,7 +79,7 @@ func (s *slots) describe() ([]SlotStatus, error) {
 		switch {
 		case e.Damage != nil:
 			state = "damaged: " + e.Damage.Error()
-		case e.Bad():
+		case e.Bad() && e.Slot != s.slot: // the one that runs is on its last
 			state = "bad: its tries are used up"
 		case wasGood(e):
 			state = fmt.Sprintf("good, and starting; %d tries left", e.TriesLeft)
