@@ -61,8 +61,10 @@ type notes struct {
 	Format int `json:"format"` // 1
 	// Values are the registers that the states bind, by policy hash and number, to show.
 	Values map[string]map[int]string `json:"values,omitempty"`
-	// Releases are the reference values of what was installed, by the name of the state.
+	// Releases are the reference values of what is in the slots, by the name of the state.
 	Releases map[string]image.Expected `json:"releases,omitempty"`
+	// PreparedIn is the boot that last sealed for a release to be written.
+	PreparedIn string `json:"prepared_in,omitempty"`
 	// PendingSince is when values were sealed of a change that has yet to happen.
 	PendingSince time.Time   `json:"pending_since,omitzero"`
 	Suspended    *suspension `json:"suspended,omitempty"`
@@ -263,24 +265,28 @@ func (k *Keeper) present(s *situation) ([]SealState, error) {
 	if err != nil {
 		return nil, err
 	}
-	names := k.bootable(s)
-	if !ofRelease(k.Policy, k.SecureBoot) {
-		return []SealState{{For: joinNames(names), Policy: p}}, nil
-	}
-	wanted := []SealState{{For: names[0], Policy: p}}
-	for _, n := range names[1:] {
-		expected, ok := s.notes.Releases[n]
+	return append([]SealState{{For: k.own(), Policy: p}}, k.others(s, firmwareChange{}, "")...), nil
+}
+
+// others are the states of the other slot as far as they can be predicted.
+func (k *Keeper) others(s *situation, c firmwareChange, mark string) (states []SealState) {
+	for _, n := range k.bootable(s)[1:] {
+		e, ok := s.notes.Releases[n]
 		if !ok {
 			continue
 		}
-		next, err := k.predict(s, &expected, firmwareChange{})
+		p, err := k.predict(s, c, func(running pcr.Release) (pcr.Release, error) {
+			next, err := releaseOf(e)
+			next.Loader = running.Loader // there is one on the disk, whatever that slot came with
+			return next, err
+		})
 		if err != nil {
 			k.Log.Info("the other slot's state is left as it is", "state", n, "reason", err)
 			continue
 		}
-		wanted = append(wanted, SealState{For: n, Policy: next})
+		states = append(states, SealState{For: n + mark, Policy: p})
 	}
-	return wanted, nil
+	return states
 }
 
 // firmwareChange is what the next boot will find in the firmware's variables.
@@ -291,8 +297,9 @@ type firmwareChange struct {
 	now, next map[pcr.Digest]pcr.Digest
 }
 
-// predict is the policy for the next boot of a release, nil for the one that runs.
-func (k *Keeper) predict(s *situation, next *image.Expected, c firmwareChange) (p seal.Policy, err error) {
+// predict is the policy for the next boot, of what next makes of the release that runs;
+// nil is the same.
+func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.Release) (pcr.Release, error)) (p seal.Policy, err error) {
 	bound, err := seal.Literal(k.Policy.Policy, k.SecureBoot)
 	if err != nil {
 		return p, err
@@ -300,21 +307,13 @@ func (k *Keeper) predict(s *situation, next *image.Expected, c firmwareChange) (
 	if len(bound) == 0 {
 		return policyOf(k.Policy, k.SecureBoot, s.bond, nil)
 	}
-	raw, err := k.EventLog()
-	if err != nil {
-		return p, fmt.Errorf("the firmware's event log: %w", err)
-	}
-	log, err := pcr.ParseLog(raw)
+	log, running, err := k.running()
 	if err != nil {
 		return p, err
 	}
-	change := pcr.Change{Variables: c.variables}
-	if change.Running, err = runningOf(log, k.SecureBoot); err != nil {
-		return p, err
-	}
-	change.Next = change.Running
+	change := pcr.Change{Running: running, Next: running, Variables: c.variables}
 	if next != nil {
-		if change.Next, err = releaseOf(*next); err != nil {
+		if change.Next, err = next(running); err != nil {
 			return p, err
 		}
 	}
@@ -327,6 +326,19 @@ func (k *Keeper) predict(s *situation, next *image.Expected, c firmwareChange) (
 	return policyOf(k.Policy, k.SecureBoot, s.bond, values)
 }
 
+// running reads the log and finds what started in this boot.
+func (k *Keeper) running() (log pcr.Log, r pcr.Release, err error) {
+	raw, err := k.EventLog()
+	if err != nil {
+		return log, r, fmt.Errorf("the firmware's event log: %w", err)
+	}
+	if log, err = pcr.ParseLog(raw); err != nil {
+		return log, r, err
+	}
+	r, err = runningOf(log, k.SecureBoot)
+	return log, r, err
+}
+
 // verify fills in the certificates that are known.
 func verify(r *pcr.Release, certificates map[pcr.Digest]pcr.Digest) {
 	for _, p := range []*pcr.Program{&r.Loader, &r.UKI} {
@@ -337,28 +349,28 @@ func verify(r *pcr.Release, certificates map[pcr.Digest]pcr.Digest) {
 }
 
 // keeps says which old states stay: those of the other slot as long as it may boot and
-// nothing newer is wanted for it, and those of a change that has yet to happen.
+// nothing else is known to be right for it, and those of a change that has yet to happen.
 func (k *Keeper) keeps(s *situation, wanted []SealState) func(name string, t seal.Token) bool {
 	other := k.bootable(s)[1:]
 	var sealed []string
 	for _, w := range wanted {
 		sealed = merge(sealed, splitNames(w.For))
 	}
-	pending := !s.notes.PendingSince.IsZero()
 	return func(name string, t seal.Token) bool {
-		slot, isPending := strings.CutSuffix(name, pendingMark)
+		slot, pending := strings.CutSuffix(name, pendingMark)
+		over := t.Counter != nil && s.bond.counter.Max > 0 && t.Counter.Max < s.bond.counter.Max && !s.raise
 		switch {
-		case t.Counter != nil && s.bond.counter.Max > 0 && t.Counter.Max < s.bond.counter.Max && !s.raise:
-			return false // of an epoch that is over
-		case isPending:
-			return pending && !slices.Contains(sealed, name) && (slot == k.own() || slices.Contains(other, slot))
+		case over || slices.Contains(sealed, name):
+			return false
+		case pending:
+			slot = strings.TrimSuffix(slot, loaderMark)
+			return !s.notes.PendingSince.IsZero() && (slot == k.own() || slices.Contains(other, slot))
+		case name == k.own()+loaderMark:
+			return s.notes.PreparedIn == k.BootID
 		case name == "":
 			return len(other) > 0 // of a release that named no states
-		case !slices.Contains(other, name):
-			return false
 		}
-		// Another policy key is another release's, which the new state does not serve.
-		return !slices.Contains(sealed, name) || string(t.PolicyKeyPEM) != k.Policy.PolicyKeyPEM && len(t.SignedPCRs) > 0
+		return slices.Contains(other, name)
 	}
 }
 
@@ -399,6 +411,9 @@ func (k *Keeper) tidy(s *situation) error {
 		}
 	}
 	maps.DeleteFunc(s.notes.Values, func(hash string, _ map[int]string) bool { return !hashes[hash] })
+	for _, n := range k.bootable(s) {
+		names[n] = true
+	}
 	maps.DeleteFunc(s.notes.Releases, func(name string, _ image.Expected) bool { return !names[name] })
 	if same(before, s.notes) {
 		return nil
@@ -443,6 +458,7 @@ func (k *Keeper) Settle() (r Settled, err error) {
 		return r, nil
 	}
 	k.settlePending(s, wanted)
+	k.noteOwn(s)
 	wanted = append(wanted, k.suspendedState(s)...)
 	opens := s.live(wanted[0].Policy)
 	if r.SyncReport, err = k.syncAndRaise(s, wanted, k.keeps(s, wanted)); err != nil {
@@ -470,6 +486,16 @@ func (k *Keeper) inForce() (tokens []seal.Token, known []map[int]pcr.Digest, err
 		known = append(known, pcrValues(values))
 	}
 	return tokens, known, nil
+}
+
+// noteOwn keeps what the log says of the release that runs, for when the other one does.
+func (k *Keeper) noteOwn(s *situation) {
+	_, r, err := k.running()
+	if err != nil {
+		k.Log.Info("what this boot started is not known", "reason", err)
+		return
+	}
+	s.notes.Releases[k.own()] = expectedOf(r)
 }
 
 // countBoot counts a suspension down, once in a boot.
@@ -565,43 +591,56 @@ func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
 	if err != nil {
 		return err
 	}
-	name := slotName(slot, m.Version)
-	next, err := k.predict(s, &m.Expected, firmwareChange{})
-	if err != nil && !ofRelease(k.Policy, k.SecureBoot) {
+	present, name := wanted[0].Policy, slotName(slot, m.Version)
+	more, err := k.coming(s, name, m.Expected, present)
+	switch {
+	case err != nil && !ofRelease(k.Policy, k.SecureBoot):
 		// What the policy binds is the firmware's, and stays.
 		k.Log.Info("the next start is not predicted", "reason", err)
 		return nil
-	}
-	if err != nil {
+	case err != nil:
 		return fmt.Errorf("release %s could not open the data volumes without the recovery key: policy %s binds it, and its first start cannot be predicted: %w",
 			m.Version, k.Policy.Policy, err)
 	}
-	if s.live(next) && !ofRelease(k.Policy, k.SecureBoot) {
-		return nil
+	s.notes.Releases[name], s.notes.PreparedIn = m.Expected, k.BootID
+	if !slices.ContainsFunc(more, func(w SealState) bool { return !s.live(w.Policy) }) && !ofRelease(k.Policy, k.SecureBoot) {
+		return k.save(s.notes)
 	}
-	wanted = append(wanted, SealState{For: name, Policy: next})
-	wanted = append(wanted, k.pendingStates(s, name, &m.Expected)...)
-	wanted = append(wanted, k.suspendedState(s)...)
-	s.notes.Releases[name] = m.Expected
+	wanted = append(append(wanted, more...), k.suspendedState(s)...)
 	_, err = k.sync(s, wanted, k.keeps(s, wanted))
 	return err
 }
 
-// pendingStates are those of a release after the change of variables that somebody had
-// sealed for; none when there is no such change.
-func (k *Keeper) pendingStates(s *situation, name string, e *image.Expected) []SealState {
-	if s.notes.PendingSince.IsZero() {
-		return nil
+// coming are the states from the moment on that a release is written: of its first
+// boot, and of the slot that runs where the release brings another boot loader; both
+// once more for a change of the firmware's variables that is sealed for already.
+func (k *Keeper) coming(s *situation, name string, e image.Expected, present seal.Policy) ([]SealState, error) {
+	changes := map[string]firmwareChange{"": {}}
+	if !s.notes.PendingSince.IsZero() {
+		if variables, err := k.Variables(); err == nil {
+			changes[pendingMark] = firmwareChange{variables: variables}
+		}
 	}
-	variables, err := k.Variables()
-	if err != nil {
-		return nil
+	var states []SealState
+	for _, mark := range slices.Sorted(maps.Keys(changes)) {
+		first, err := k.predict(s, changes[mark], func(pcr.Release) (pcr.Release, error) { return releaseOf(e) })
+		if err != nil {
+			return nil, err
+		}
+		states = append(states, SealState{For: name + mark, Policy: first})
+		own, err := k.predict(s, changes[mark], func(running pcr.Release) (pcr.Release, error) {
+			next, err := releaseOf(e)
+			running.Loader = next.Loader
+			return running, err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if mark != "" || !samePolicy(own, present) {
+			states = append(states, SealState{For: k.own() + loaderMark + mark, Policy: own})
+		}
 	}
-	p, err := k.predict(s, e, firmwareChange{variables: variables})
-	if err != nil {
-		return nil
-	}
-	return []SealState{{For: name + pendingMark, Policy: p}}
+	return states, nil
 }
 
 // ResealOptions say what besides the present state to seal for.
@@ -687,33 +726,15 @@ func (k *Keeper) reseal(s *situation, more []SealState) (SyncReport, error) {
 // changed are the states after the firmware's variables have changed; none when that
 // makes no difference.
 func (k *Keeper) changed(s *situation, c firmwareChange) ([]SealState, error) {
-	p, err := k.predict(s, nil, c)
+	p, err := k.predict(s, c, nil)
 	if err != nil {
 		return nil, err
 	}
 	now, err := policyOf(k.Policy, k.SecureBoot, s.bond, s.now)
-	if err != nil {
+	if err != nil || samePolicy(now, p) {
 		return nil, err
 	}
-	names := k.bootable(s)
-	if samePolicy(now, p) {
-		return nil, nil
-	}
-	if !ofRelease(k.Policy, k.SecureBoot) {
-		for i := range names {
-			names[i] += pendingMark
-		}
-		return []SealState{{For: joinNames(names), Policy: p}}, nil
-	}
-	states := []SealState{{For: names[0] + pendingMark, Policy: p}}
-	for _, n := range names[1:] {
-		if e, ok := s.notes.Releases[n]; ok {
-			if p, err := k.predict(s, &e, c); err == nil {
-				states = append(states, SealState{For: n + pendingMark, Policy: p})
-			}
-		}
-	}
-	return states, nil
+	return append([]SealState{{For: k.own() + pendingMark, Policy: p}}, k.others(s, c, pendingMark)...), nil
 }
 
 func samePolicy(a, b seal.Policy) bool {
@@ -754,10 +775,10 @@ func (k *Keeper) NextBoot() ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := k.predict(s, nil, firmwareChange{}); err != nil {
+	if _, err := k.predict(s, firmwareChange{}, nil); err != nil {
 		return nil, err // nothing can be said of this box
 	}
-	next, err := k.predict(s, nil, firmwareChange{variables: variables})
+	next, err := k.predict(s, firmwareChange{variables: variables}, nil)
 	remedy := "if that was meant to be, run holdfast-agent reseal before the next start; if not, somebody tampers with the firmware's keys"
 	switch suspended := relaxed(k.Policy, s.bond); {
 	case s.live(suspended) && s.notes.Suspended != nil:

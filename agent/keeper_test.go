@@ -37,6 +37,9 @@ type platform struct {
 	variables  map[string][]byte
 	tpm        seal.TPM
 	log        pcr.Log
+	loader     string // on the disk
+	// verifier has the certificate in db of releases that are not signed by the usual one.
+	verifier map[string]string
 }
 
 func newPlatform(secureBoot bool) *platform {
@@ -114,14 +117,22 @@ func (f *platform) boot(t testing.TB, version string) {
 		f.measure(t, i, pcr.EventSeparator, make([]byte, 4), nil)
 	}
 	f.measure(t, 4, pcr.EventEFIAction, []byte("Calling EFI Application from Boot Option"), nil)
-	if f.secureBoot {
-		f.measure(t, 7, pcr.EventVariableAuthority, variable(databaseGUID, "db", f.variables["db"][28:]), nil)
-	}
-	programs := []string{"loader", "uki " + version}
+	programs := []string{f.loader, "uki " + version}
 	if !f.secureBoot {
 		programs = append(programs, "linux "+version)
 	}
+	verified := map[string]bool{}
 	for _, p := range programs {
+		by := "vendor's"
+		for v, certificate := range f.verifier {
+			if p == "uki "+v || p == "loader "+v[:1] {
+				by = certificate
+			}
+		}
+		if f.secureBoot && !verified[by] {
+			verified[by] = true
+			f.measure(t, 7, pcr.EventVariableAuthority, variable(databaseGUID, "db", signatureList(by)[28:]), nil)
+		}
 		d := pcr.Digest(sha256.Sum256([]byte(p)))
 		f.measure(t, 4, pcr.EventBootServicesApp, make([]byte, 32), &d)
 		if p == programs[1] {
@@ -146,8 +157,8 @@ func sectionsOf(version string) [][2]string {
 	return [][2]string{{".linux", "kernel " + version}, {".cmdline", "roothash " + version}}
 }
 
-// expectedOf are the reference values of a release.
-func expectedOf(version string) image.Expected {
+// valuesOf are the reference values of a release.
+func valuesOf(version string) image.Expected {
 	var measured []pcr.Measured
 	for _, s := range sectionsOf(version) {
 		measured = append(measured, pcr.Measured{Name: s[0], SHA256: sha256.Sum256([]byte(s[1]))})
@@ -156,7 +167,7 @@ func expectedOf(version string) image.Expected {
 	stub := pcr.UKI(measured)
 	return image.Expected{
 		PCR11:              map[string]string{"": hex.EncodeToString(stub[:])},
-		LoaderAuthenticode: hash("loader"), UKIAuthenticode: hash("uki " + version), LinuxAuthenticode: hash("linux " + version),
+		LoaderAuthenticode: hash("loader " + version[:1]), UKIAuthenticode: hash("uki " + version), LinuxAuthenticode: hash("linux " + version),
 		DBCertificateSHA256: hash("vendor's"),
 	}
 }
@@ -164,7 +175,7 @@ func expectedOf(version string) image.Expected {
 // signaturesOf is the .pcrsig section of a release of that epoch.
 func signaturesOf(t testing.TB, version string, epoch uint64) []byte {
 	t.Helper()
-	stub, err := parseDigest(expectedOf(version).PCR11[""])
+	stub, err := parseDigest(valuesOf(version).PCR11[""])
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +214,7 @@ func newStationTyped(t *testing.T, policy image.SealPolicy, secureBoot bool, typ
 	t.Helper()
 	v := newVendor(t)
 	for _, version := range append([]string{"1.0.0"}, versions...) {
-		v.publish(version, releaseOptions{expected: expectedOf(version)})
+		v.publish(version, releaseOptions{expected: valuesOf(version)})
 	}
 	st := &station{
 		box: newBox(t, 2), a: &appliance{vendor: v, dev: v.newDisk("1.0.0"), dir: filepath.Join(t.TempDir(), "update"), now: today},
@@ -235,6 +246,7 @@ func (st *station) try(typed string) error {
 	}
 	st.boots++
 	st.tpm.Reset()
+	st.fw.loader = st.loaderOnDisk()
 	st.fw.boot(st.t, r.Version)
 	st.policy.Epoch = cmp.Or(st.epochs[r.Version], st.policy.Epoch)
 	st.version, st.slot, st.log = r.Version, string(st.a.on.Slot), st.fw.log.Marshal()
@@ -249,6 +261,29 @@ func (st *station) try(typed string) error {
 	st.k = st.keeper()
 	st.a.u.Prepare = st.k.Prepare
 	return nil
+}
+
+// loaderOnDisk names the boot loader; releases of one major version have the same.
+func (st *station) loaderOnDisk() string {
+	esp, err := st.a.esp()
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	f, err := esp.Open("EFI/BOOT/BOOTX64.EFI")
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	content, err := io.ReadAll(io.NewSectionReader(f, 0, f.Size()))
+	if err != nil {
+		st.t.Fatal(err)
+	}
+	for _, r := range st.a.releases {
+		if bytes.Equal(r.loader, content) {
+			return "loader " + r.Version[:1]
+		}
+	}
+	st.t.Fatal("the boot loader is of no release")
+	return ""
 }
 
 func (st *station) keeper() *Keeper {
@@ -381,6 +416,66 @@ func TestThreeUpdatesWithoutReboot(t *testing.T) {
 	st.wantStates("slot a 1.0.0")
 }
 
+// TestAnotherLoader: a release brings another boot loader, which starts the old slot too.
+func TestAnotherLoader(t *testing.T) {
+	for _, secureBoot := range []bool{true, false} {
+		policy := seal.PolicyStrict
+		if !secureBoot {
+			policy = seal.PolicyStandard
+		}
+		t.Run(policy, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: policy}, secureBoot, "2.0.0", "2.1.0")
+			st.mustSettle()
+			st.apply("2.0.0")
+			st.wantStates("slot a 1.0.0", "slot b 2.0.0", "slot a 1.0.0, next loader")
+			for range updateTries {
+				st.start("", "tpm")
+				if st.version != "2.0.0" {
+					t.Fatalf("%s boots", st.version)
+				}
+			}
+			st.start("", "tpm") // the old release by the new loader
+			if st.version != "1.0.0" || st.fw.loader != "loader 2" {
+				t.Fatalf("%s boots by %s", st.version, st.fw.loader)
+			}
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+			st.apply("2.1.0")
+			st.wantStates("slot a 1.0.0", "slot b 2.1.0")
+			st.start("", "tpm")
+			st.good()
+			st.wantStates("slot a 1.0.0", "slot b 2.1.0")
+		})
+	}
+}
+
+// TestAnotherCertificate: the releases are signed by two keys, both in db (F50).
+func TestAnotherCertificate(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	st.fw.variables["db"] = append(signatureList("vendor's"), signatureList("vendor's second")...)
+	st.fw.verifier = map[string]string{"2.0.0": "vendor's second"}
+	next := valuesOf("2.0.0")
+	sum := sha256.Sum256([]byte("vendor's second"))
+	next.DBCertificateSHA256 = hex.EncodeToString(sum[:])
+	st.a.publish("2.0.0", releaseOptions{expected: next})
+	st.start(st.s.recoveryKey()+"\n", "recovery")
+	st.mustSettle()
+	st.start("", "tpm")
+	st.mustSettle()
+	st.apply("2.0.0")
+	st.wantStates("slot a 1.0.0", "slot b 2.0.0", "slot a 1.0.0, next loader")
+	st.start("", "tpm")
+	if st.version != "2.0.0" {
+		t.Fatalf("%s boots", st.version)
+	}
+	st.good()
+	st.start("", "tpm")
+	st.mustSettle()
+	// Back to the old one, which the new loader starts.
+	st.apply("1.0.0")
+	st.start("", "tpm")
+}
+
 // TestUnpredictable: without a log there is no telling, and the box takes nothing that
 // it could not start.
 func TestUnpredictable(t *testing.T) {
@@ -486,7 +581,7 @@ func TestPendingChange(t *testing.T) {
 			if policy == seal.PolicyStandard {
 				st.wantStates("slot b 1.1.0; slot a 1.0.0", "slot b 1.1.0, pending; slot a 1.0.0, pending")
 			} else {
-				st.wantStates("slot b 1.1.0", "slot a 1.0.0", "slot b 1.1.0, pending")
+				st.wantStates("slot b 1.1.0", "slot a 1.0.0", "slot b 1.1.0, pending", "slot a 1.0.0, pending")
 			}
 			if w, err := st.k.NextBoot(); err != nil || len(w) > 0 {
 				t.Errorf("warnings after the reseal %q, %v", w, err)

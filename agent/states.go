@@ -21,6 +21,9 @@ const (
 	// pendingMark follows a slot's name while the values are those of a change of the
 	// firmware's variables that has yet to happen.
 	pendingMark = ", pending"
+	// loaderMark follows the name of the slot that runs while a release with another boot
+	// loader is being written: both slots are started by one.
+	loaderMark = ", next loader"
 )
 
 // slotName is the state in which a slot boots its release.
@@ -113,6 +116,20 @@ func releaseOf(e image.Expected) (r pcr.Release, err error) {
 	}
 	r.UKI.Certificate = r.Loader.Certificate // one signs both
 	return r, nil
+}
+
+// expectedOf is the same as reference values, as far as a boot shows them.
+func expectedOf(r pcr.Release) image.Expected {
+	text := func(d pcr.Digest) string {
+		if d == (pcr.Digest{}) {
+			return ""
+		}
+		return hex.EncodeToString(d[:])
+	}
+	return image.Expected{
+		PCR11: map[string]string{"": text(r.PCR11)}, LoaderAuthenticode: text(r.Loader.Authenticode), UKIAuthenticode: text(r.UKI.Authenticode),
+		LinuxAuthenticode: text(r.Linux), DBCertificateSHA256: text(r.UKI.Certificate),
+	}
 }
 
 // runningOf is what started in the present boot, as its log has it. A release has no
