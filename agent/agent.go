@@ -53,6 +53,21 @@
 //   - A kernel that panics reboots by itself. For an init that hangs, have it feed the
 //     watchdog (systemd: RuntimeWatchdogSec=).
 //
+// # Sealing
+//
+// A volume's header has a TPM token for each state of the box in which it is to open:
+// each slot that may boot, in the present values of the registers that the spec's policy
+// binds and, where somebody asked for it, in those after a change of the firmware's
+// keys. [Keeper] decides which, from the boot entries and the firmware's event log;
+// [Sealer] has the headers follow, under the management key that lies on the open
+// volumes. [Updater] has a release's first boot sealed for before that release is
+// written, and refuses one whose first boot cannot be predicted. What is over is dropped in
+// the next good boot ([Keeper.Settle]), which also seals to the present state after a
+// boot that took the recovery key. `holdfast-agent reseal` does what wants a person:
+// values after a change of the firmware's keys, and suspension before its update.
+//
+// After a hand-off `holdfast-agent bless` settles too.
+//
 // # What is not protected
 //
 // A medium's file system is parsed by the kernel: spec `stick: false` keeps it out.
