@@ -29,9 +29,19 @@
 // journal, and that release is not taken again by itself. A slot that was good has its
 // boots counted too, up to its services, when the other slot is good (F74).
 //
+// # The firmware's keys
+//
+// A release may bring changes of db and dbx. [SecureBootKeeper] makes one a boot, once
+// the release is good and no other one waits: it seals the data volumes for the next
+// boot with the new keys too, writes the variable, and has the box restart in the
+// update window; the boot that finds the new keys drops the old state. What would keep
+// the boot loader, the running release or the one in the other slot from starting is
+// not written: such a change waits, and status says for what. A dbx that revokes the
+// release in the other slot is therefore made after the next update has taken its place.
+//
 // # After a hand-off
 //
-// Of updates, the image's own init then does what the agent would, by four commands;
+// Of updates, the image's own init then does what the agent would, by five commands;
 // examples/debian has the units for systemd. `holdfast-agent update status` works at
 // any time, and one command waits for, or refuses to run beside, another.
 //
@@ -50,6 +60,9 @@
 //     [RunSystem] does. The next try may go better; after the third the old release is
 //     back, and has the reason in its status and journal. It ends with 3 when the
 //     release was good before, which is kept: do nothing (systemd: ExecCondition=).
+//   - Where releases change the firmware's keys (spec section secureboot), run
+//     `holdfast-agent keys` after bless. It ends with 0 when it has made a change, and
+//     then reboot when you like; 3 is none.
 //   - A kernel that panics reboots by itself. For an init that hangs, have it feed the
 //     watchdog (systemd: RuntimeWatchdogSec=).
 //

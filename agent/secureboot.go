@@ -163,6 +163,29 @@ func holdsCertificate(d sigdb.Database, want string) bool {
 	return false
 }
 
+// Starts returns nil when the firmware would start a release, by what its manifest says:
+// a box that missed a change of keys must not install what only boxes that have it start.
+func (s *SecureBootState) Starts(e image.Expected) error {
+	if !s.Enforced() {
+		return nil
+	}
+	db, dbx := s.Databases[sigdb.DB], s.Databases[sigdb.DBX]
+	cert := e.DBCertificateSHA256
+	if cert != "" && !holdsCertificate(db, cert) {
+		return fmt.Errorf("the firmware of this box would not start it: it is signed by a key (certificate %.16s…) that is not in db; "+
+			"install the release first that brings this key (secureboot.db)", cert)
+	}
+	if cert != "" && holdsCertificate(dbx, cert) {
+		return fmt.Errorf("the firmware of this box would not start it: its key (certificate %.16s…) is revoked in dbx", cert)
+	}
+	for name, text := range map[string]string{"boot loader": e.LoaderAuthenticode, "kernel image": e.UKIAuthenticode} {
+		if digest, err := hex.DecodeString(text); err == nil && dbx.HasData(sigdb.TypeSHA256(), digest) {
+			return fmt.Errorf("the firmware of this box would not start it: its %s (%.16s…) is revoked in dbx", name, text)
+		}
+	}
+	return nil
+}
+
 // SecureBootFor says whether a seal may rest on Secure Boot in this boot, and if not,
 // or not quite, why. The boot loader enrols keys in a boot that ends in a restart, so
 // that it is another boot that reads them back: what a firmware does not keep is never
@@ -461,7 +484,14 @@ func (k *SecureBootKeeper) Status(p SecureBootPlan, err error) *SecureBootStatus
 	return s
 }
 
-// lines prints what a person wants to know at a glance.
+// Print writes what a person wants to know at a glance.
+func (s *SecureBootStatus) Print(w io.Writer) error {
+	var b strings.Builder
+	s.lines(&b)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
 func (s *SecureBootStatus) lines(w io.Writer) {
 	whose := "keys of somebody else"
 	if s.Vendor {

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"strings"
 	"time"
 
+	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/fat32"
@@ -176,4 +178,57 @@ func (s *system) changeKeys(ctx context.Context, change **VariableChange) error 
 	status.Pending = "the change of " + plan.Change.Variable + ", in force from the next start on,"
 	*change = plan.Change
 	return nil
+}
+
+// ErrNoKeyChange says that the firmware's keys are as the release wants them, or cannot
+// be changed now.
+var ErrNoKeyChange = errors.New("no change of the firmware's keys to make")
+
+// ChangeKeys makes the next change of the firmware's keys after a hand-off, where no
+// agent runs; the caller then reboots when it likes. The error is [ErrNoKeyChange] when
+// there is none, or it has to wait; the status says why.
+func ChangeKeys(ctx context.Context, log *slog.Logger) (*SecureBootStatus, error) {
+	s := &system{log: log}
+	if err := s.load(); err != nil {
+		return nil, err
+	}
+	disk, err := openSlots(s.initrd.Disk, s.initrd.Slot)
+	if err != nil {
+		return nil, err
+	}
+	entry, err := disk.running()
+	disk.close()
+	if err != nil {
+		return nil, err
+	}
+	if entry.Counted {
+		return nil, fmt.Errorf("%w: the release that runs has to prove itself first (holdfast-agent bless)", ErrNoKeyChange)
+	}
+	if s.updater, err = OpenUpdater(log); err != nil {
+		return nil, err
+	}
+	if s.keeper, err = s.newKeeper(); err != nil {
+		return nil, err
+	}
+	var change *VariableChange
+	err = s.changeKeys(ctx, &change)
+	if err == nil && change == nil {
+		err = ErrNoKeyChange
+	}
+	return s.keys.Load(), err
+}
+
+// prepare refuses a release that the firmware would not start, before anything of it is
+// written, and has the data volumes open in its first boot. Firmware that says nothing
+// keeps no release away (F67).
+func (s *system) prepare(m image.Manifest, slot partition.Slot) error {
+	if state, err := ReadSecureBoot(efivarfs{efivarsPath}); err == nil {
+		if err := state.Starts(m.Expected); err != nil {
+			return fmt.Errorf("release %s: %w", m.Version, err)
+		}
+	}
+	if s.keeper == nil {
+		return nil
+	}
+	return s.keeper.Prepare(m, slot)
 }

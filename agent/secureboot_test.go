@@ -567,6 +567,47 @@ func TestEnrolmentIsReadBack(t *testing.T) {
 	}
 }
 
+// TestReleaseOfUnknownKeys: a box that missed a change of keys does not install what only
+// boxes that have it start.
+func TestReleaseOfUnknownKeys(t *testing.T) {
+	ours, theirs := vendors(t)
+	sum := func(c *x509.Certificate) string { d := fingerprint(c); return hex.EncodeToString(d[:]) }
+	digest := strings.Repeat("ab", 32)
+	raw, err := hex.DecodeString(digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fw := enrolled(t, ours)
+	fw.values["dbx"] = sigdb.Database{sigdb.Hashes([][32]byte{[32]byte(raw)}, sigdb.GUID{}), sigdb.Certificate(theirs.DB.Cert, sigdb.GUID{})}.Marshal()
+	db, err := ours.SignatureList(keys.DB)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fw.values["db"] = append(db, sigdb.Database{sigdb.Certificate(theirs.DB.Cert, sigdb.GUID{})}.Marshal()...)
+	for want, e := range map[string]image.Expected{
+		"":                           {DBCertificateSHA256: sum(ours.DB.Cert), UKIAuthenticode: strings.Repeat("cd", 32)},
+		"that is not in db":          {DBCertificateSHA256: sum(ours.DBNext.Cert)},
+		"its key (certificate":       {DBCertificateSHA256: sum(theirs.DB.Cert)},
+		"its kernel image (abababab": {DBCertificateSHA256: sum(ours.DB.Cert), UKIAuthenticode: digest},
+		"its boot loader (abababab":  {LoaderAuthenticode: digest},
+	} {
+		s, err := ReadSecureBoot(fw)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Starts(e); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+		s.On = false
+		if err := s.Starts(e); err != nil {
+			t.Errorf("with Secure Boot off: %v", err)
+		}
+	}
+	if s, err := ReadSecureBoot(fw); err != nil || s.Starts(image.Expected{}) != nil {
+		t.Error("a release that says nothing, from before, is refused")
+	}
+}
+
 // TestBootPrograms: those on a disk that may have to start, and not a slot that is bad.
 func TestBootPrograms(t *testing.T) {
 	ours, _ := vendors(t)

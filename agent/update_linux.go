@@ -105,9 +105,7 @@ func (s *system) newUpdater() (*Updater, error) {
 	if len(s.app.Volumes) > 0 {
 		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
 	}
-	if s.keeper != nil {
-		u.Prepare = s.keeper.Prepare
-	}
+	u.Prepare = s.prepare
 	if len(s.initrd.Volumes) > 0 {
 		u.Device.ID = s.initrd.Volumes[0].UUID // made at random when the box was provisioned
 	}

@@ -1,7 +1,7 @@
 // Command holdfast-agent is the device side of Holdfast: the init of the
 // initrd, PID 1 on the root, and the tool that asks the running agent.
 //
-// Exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or not on trial.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or to change, or not on trial.
 package main
 
 import (
@@ -30,6 +30,9 @@ const usage = `usage: holdfast-agent VERB
   poweroff, reboot       stop the services, close the volumes, end
   bless                  after a hand-off: this release is healthy, keep booting it
   reject REASON          after a hand-off: it is not; done when it is on trial: reboot then
+  keys                   after a hand-off: make the next change of the firmware's Secure
+                         Boot keys that this release brings, to be in force after a
+                         reboot; 3 is none
   reseal [--predict-dbx FILE] [--suspend N] [--json]
                          seal the data volumes' key to the present state of this box, and
                          to that of its next start: the firmware's keys have changed, or
@@ -43,7 +46,7 @@ const usage = `usage: holdfast-agent VERB
   recovery escrow FILE   the escrow, for who keeps it;  recovery receipt FILE brings his receipt
   version
 
-exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install, not on trial
+exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or to change, not on trial
 example: holdfast-agent status --json
 `
 
@@ -100,6 +103,8 @@ func run(args []string) int {
 		err = afterHandOff(ctx, c, agent.Bless)
 	case args[0] == "reject" && len(args) == 2:
 		err = afterHandOff(ctx, c, func(s *agent.Status) error { return agent.Reject(s, args[1]) })
+	case args[0] == "keys" && len(args) == 1:
+		err = afterHandOff(ctx, c, changeKeys)
 	case args[0] == "reseal":
 		err = reseal(ctx, c, args[1:])
 	case args[0] == "update" && len(args) > 1:
@@ -115,7 +120,7 @@ func run(args []string) int {
 		fmt.Fprint(os.Stderr, usage)
 		return 2
 	}
-	if errors.Is(err, agent.ErrNoUpdate) || errors.Is(err, agent.ErrNotOnTrial) {
+	if errors.Is(err, agent.ErrNoUpdate) || errors.Is(err, agent.ErrNotOnTrial) || errors.Is(err, agent.ErrNoKeyChange) {
 		fmt.Println(err)
 		return 3
 	}
@@ -286,6 +291,17 @@ func afterHandOff(ctx context.Context, c *agent.Client, judge func(*agent.Status
 		return err
 	}
 	return judge(s)
+}
+
+// changeKeys says what was changed, and what is in the way of more.
+func changeKeys(*agent.Status) error {
+	s, err := agent.ChangeKeys(context.Background(), slog.Default())
+	if s != nil {
+		if err := s.Print(os.Stdout); err != nil {
+			return err
+		}
+	}
+	return err
 }
 
 func logs(ctx context.Context, c *agent.Client, args []string) error {
