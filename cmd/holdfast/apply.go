@@ -21,7 +21,8 @@ const benchTries = 3
 func runApply(ctx context.Context, c *cli, args []string) (err error) {
 	f := c.flags("apply", "BUNDLE", `Write the release in BUNDLE into the slot of a disk that does not boot now, as the device
 itself would. The disk is an image file, or a drive that is not in use. The other slot
-stays as it is, and boots again should the new release not come up in 3 tries.
+stays as it is, and boots again should the new release not come up in 3 tries. After
+Ctrl-C or a power cut it boots, too, and the same command goes on with what was written.
 
 example: holdfast apply ledger-1.2.3.bundle --disk /dev/sdb --root root.json`)
 	disk := f.String("disk", "", "`file or device` with the disk")
@@ -38,39 +39,65 @@ example: holdfast apply ledger-1.2.3.bundle --disk /dev/sdb --root root.json`)
 	if *slot != "" && !partition.Slot(*slot).Valid() {
 		return usageError{fmt.Sprintf("--slot %q is neither a nor b", *slot), "holdfast apply -h"}
 	}
-	if err := refuseQCOW2Disk(*disk); err != nil {
-		return err
-	}
 	p := newProgress(c.err)
 	defer p.end()
-	o, err := openBundle(ctx, p, rest[0], *root, *identity)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, o.file.Close()) }()
-	dev, err := partition.OpenFile(*disk)
+	dev, err := openTarget(*disk)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
-	b := &bench{dev: dev, name: *disk, opened: o}
+	b := &bench{dev: dev, name: *disk}
+	if b.opened, err = openBundle(ctx, p, rest[0], *root, *identity); err != nil {
+		return b.unwritten(ctx, err)
+	}
+	defer func() { err = errors.Join(err, b.opened.file.Close()) }()
 	plan, err := b.plan(ctx, partition.Slot(*slot))
 	if err != nil {
-		return fmt.Errorf("%s: %w", *disk, err)
+		return b.unwritten(ctx, fmt.Errorf("%s: %w", *disk, err))
 	}
 	step := build.Step{What: "write slot " + string(b.slot)}
 	err = plan.Apply(ctx, func(done, total int64) {
 		step.DoneBytes, step.TotalBytes = done, total
 		p.step(step)
 	})
-	if err != nil {
-		return hinted{fmt.Errorf("%s: %w", *disk, err), fmt.Sprintf("slot %s does not boot now, slot %s is as it was; the same command begins again", b.slot, b.slot.Other())}
-	}
 	p.end()
-	t := o.carried.Target
+	if err != nil {
+		return b.unfinished(ctx, err)
+	}
+	t := b.opened.carried.Target
 	fmt.Fprintf(c.out, "%s %s is in slot %s as installation %d and boots next, with %d tries\n", t.Product, t.Version, b.slot, plan.Sequence(), benchTries)
 	return nil
 }
+
+// unwritten is an error before the first write.
+func (b *bench) unwritten(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		return err
+	}
+	return hinted{fmt.Errorf("stopped: %w", context.Cause(ctx)), "nothing was written to " + b.name}
+}
+
+// unfinished is an error while the slot was written. What boots now is read from the disk.
+func (b *bench) unfinished(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		err = fmt.Errorf("stopped while slot %s was written: %w", b.slot, context.Cause(ctx))
+	}
+	err = fmt.Errorf("%s: %w", b.name, err)
+	other := fmt.Sprintf("slot %s is as it was", b.slot.Other())
+	if b.current != "" {
+		other += " and boots"
+	}
+	entries, reading := b.disk.Entries()
+	switch {
+	case reading != nil:
+		return hinted{err, "the boot entries cannot be read: " + reading.Error()}
+	case slices.ContainsFunc(entries, b.inSlot):
+		return hinted{err, "nothing was written; the same command begins again"}
+	}
+	return hinted{err, fmt.Sprintf("%s; slot %s does not boot, and the same command goes on with it", other, b.slot)}
+}
+
+func (b *bench) inSlot(e partition.Entry) bool { return e.Slot == b.slot }
 
 // refuseQCOW2Disk knows a format that hides the disk.
 func refuseQCOW2Disk(path string) (err error) {
@@ -89,31 +116,32 @@ func refuseQCOW2Disk(path string) (err error) {
 
 // bench is a disk that a technician writes to.
 type bench struct {
-	dev    *partition.File
+	dev    partition.Device
 	name   string
 	opened *openedBundle
 
-	slot partition.Slot // to be written
+	disk    *partition.Disk
+	slot    partition.Slot // to be written
+	current partition.Slot // boots, and is known to be good; "" when none is
 }
 
 // plan checks everything and writes nothing.
 func (b *bench) plan(ctx context.Context, want partition.Slot) (*partition.SlotPlan, error) {
-	disk, err := partition.Open(b.dev)
+	var err error
+	if b.disk, err = partition.Open(b.dev); err != nil {
+		return nil, hinted{err, "--disk wants a whole disk that holdfast build made; holdfast inspect " + b.name + " says what this is"}
+	}
+	if err := b.checkProduct(b.disk); err != nil {
+		return nil, err
+	}
+	entries, err := b.disk.Entries()
 	if err != nil {
 		return nil, err
 	}
-	if err := b.checkProduct(disk); err != nil {
+	if b.current, err = b.chooseSlot(entries, want); err != nil {
 		return nil, err
 	}
-	entries, err := disk.Entries()
-	if err != nil {
-		return nil, err
-	}
-	current, err := b.chooseSlot(entries, want)
-	if err != nil {
-		return nil, err
-	}
-	local, err := b.mayReplace(ctx, disk, current)
+	local, err := b.mayReplace(ctx, b.disk, b.current)
 	if err != nil {
 		return nil, err
 	}
@@ -121,7 +149,11 @@ func (b *bench) plan(ctx context.Context, want partition.Slot) (*partition.SlotP
 	if err != nil {
 		return nil, err
 	}
-	return disk.PlanSlot(b.slot, contents, partition.WriteOptions{Tries: benchTries, Running: current, Time: time.Now()})
+	return b.disk.PlanSlot(b.slot, contents, partition.WriteOptions{
+		Tries: benchTries, Running: b.current, Time: time.Now(),
+		// A slot without an entry is empty, or what an interrupted apply has written of it.
+		SkipEqual: !slices.ContainsFunc(entries, b.inSlot),
+	})
 }
 
 // checkProduct compares the disk's GUIDs, which are made from the product's name.

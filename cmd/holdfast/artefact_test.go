@@ -60,7 +60,7 @@ func makeRelease(keyDir, dir string, r testRelease) error {
 	m := &image.Manifest{
 		Format: 1, Name: r.product, Version: r.version, Architecture: "amd64", Kernel: "6.1.0-test", Epoch: r.epoch,
 		Images: []image.Source{{Ref: "registry.example/web:1", Digest: "sha256:" + strings.Repeat("ab", 32)}},
-		Disk:   image.Geometry{SizeBytes: diskBytes, ESPBytes: 64 * mebi, SlotBytes: 4 * mebi},
+		Disk:   image.Geometry{SizeBytes: diskBytes, ESPBytes: 64 * mebi, SlotBytes: slotBytes},
 	}
 	var rootImage bytes.Buffer
 	if m.Verity, err = writeTestRoot(&rootImage, r); err != nil {
@@ -181,14 +181,21 @@ func signTestFile(dir, name string, unsigned uki.Blob, k *keys.Keys) (image.File
 	return file, hex.EncodeToString(digest[:]), err
 }
 
-// diskBytes holds boot partition, two slots, and two volumes of the least size.
-const diskBytes = 160 * mebi
+// diskBytes holds boot partition, two slots of slotBytes, and two volumes of the least size.
+const (
+	diskBytes = 160 * mebi
+	slotBytes = 4 * mebi
+)
 
 // makeDisk writes a disk image, with the release in releaseDir in slot A, that is
 // good when there are no tries to count.
-func makeDisk(path, releaseDir string, tries int) (err error) {
+func makeDisk(path, releaseDir string, tries int) error {
+	return makeDiskOf(path, releaseDir, tries, slotBytes)
+}
+
+func makeDiskOf(path, releaseDir string, tries int, slotBytes int64) (err error) {
 	layout, err := partition.Plan(partition.Spec{
-		Seed: "ledger", SizeBytes: diskBytes, ESPBytes: 64 * mebi, SlotBytes: 4 * mebi,
+		Seed: "ledger", SizeBytes: diskBytes + 2*slotBytes - 8*mebi, ESPBytes: 64 * mebi, SlotBytes: slotBytes,
 		Volumes: []partition.VolumeSpec{{Name: "log", SizeBytes: 32 * mebi}, {Name: "data"}},
 	})
 	if err != nil {

@@ -81,10 +81,15 @@ type cli struct {
 	out, err io.Writer
 }
 
-func main() {
+func main() { os.Exit(execute()) }
+
+// execute is the command with this process's arguments. The first Ctrl-C or SIGTERM
+// ends its context, so that it leaves things in order; the second one ends the process.
+func execute() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	os.Exit(mainWith(ctx, &cli{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:]))
+	context.AfterFunc(ctx, stop)
+	return mainWith(ctx, &cli{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:])
 }
 
 func mainWith(ctx context.Context, c *cli, args []string) int {

@@ -23,9 +23,7 @@ import (
 
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){
-		"holdfast": func() {
-			os.Exit(mainWith(context.Background(), &cli{os.Stdin, os.Stdout, os.Stderr}, os.Args[1:]))
-		},
+		"holdfast": main,
 	})
 }
 
