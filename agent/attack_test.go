@@ -389,7 +389,13 @@ func TestSubstitutedVolumeSealedHere(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		substitute(t, ours, dev, string(seal.Passphrase(secret)), map[int]json.RawMessage{0: raw})
+		tokens := map[int]json.RawMessage{0: raw}
+		for id, raw := range ours.Tokens() {
+			if tokenType(raw) == boxTokenType {
+				tokens[id] = raw
+			}
+		}
+		substitute(t, ours, dev, string(seal.Passphrase(secret)), tokens)
 		formatOver(t, b)
 		s := b.session("")
 		if err := s.m.EnterPhase(phaseEnterInitrd); err != nil {
@@ -439,7 +445,8 @@ func readIdentity(t *testing.T, b *box) [32]byte {
 	return values[identityPCR]
 }
 
-// substitute writes a volume whose keyslots the attacker knows.
+// substitute writes a volume whose keyslots the attacker knows, with a good note of the
+// box's volumes where the tokens have one.
 func substitute(t *testing.T, ours *luks2.Header, dev partition.Device, passphrase string, tokens map[int]json.RawMessage) *luks2.Header {
 	t.Helper()
 	volumeKey := make([]byte, luks2.VolumeKeyBytes)
@@ -454,6 +461,9 @@ func substitute(t *testing.T, ours *luks2.Header, dev partition.Device, passphra
 		}
 	}
 	for id, raw := range tokens {
+		if tokenType(raw) == boxTokenType {
+			raw = forgeNote(t, raw, ours, volumeKey)
+		}
 		if _, err := h.SetToken(id, raw); err != nil {
 			t.Fatal(err)
 		}

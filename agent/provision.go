@@ -57,8 +57,12 @@ func (m *Machine) provision(b image.Boot, vols []*volume) error {
 	if err != nil {
 		return err
 	}
-	for _, v := range vols {
-		if err := m.makeVolume(v, keys, token, record); err != nil {
+	list, err := nameVolumes(vols, m.Rand)
+	if err != nil {
+		return err
+	}
+	for i, v := range vols {
+		if err := m.makeVolume(v, list, i, keys, token, record); err != nil {
 			return fmt.Errorf("make data volume %s: %w", v.Name, err)
 		}
 	}
@@ -181,13 +185,13 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, keys *secrets) (token s
 
 // makeVolume writes all of a volume but its first sector, with a file system
 // and the management key inside.
-func (m *Machine) makeVolume(v *volume, keys *secrets, token seal.Token, record seal.Record) (err error) {
+func (m *Machine) makeVolume(v *volume, all []boxVolume, i int, keys *secrets, token seal.Token, record seal.Record) (err error) {
 	v.method = "provisioned"
 	v.key = make([]byte, luks2.VolumeKeyBytes)
 	if _, err := io.ReadFull(m.Rand, v.key); err != nil {
 		return fmt.Errorf("read randomness: %w", err)
 	}
-	if v.header, err = m.newHeader(v, keys, token, record); err != nil {
+	if v.header, err = m.newHeader(v, all, i, keys, token, record); err != nil {
 		return err
 	}
 	if err := v.header.WriteNew(v.Device); err != nil {
@@ -210,12 +214,8 @@ func (m *Machine) makeVolume(v *volume, keys *secrets, token seal.Token, record 
 	return m.keepSecret(v, pinFile, keys.pin)
 }
 
-func (m *Machine) newHeader(v *volume, keys *secrets, token seal.Token, record seal.Record) (*luks2.Header, error) {
-	uuid, err := randomUUID(m.Rand)
-	if err != nil {
-		return nil, err
-	}
-	h, err := luks2.Format(luks2.FormatOptions{UUID: uuid, Label: v.Name, Subsystem: "holdfast", SizeBytes: v.Device.Size(), Rand: m.Rand}, v.key)
+func (m *Machine) newHeader(v *volume, all []boxVolume, i int, keys *secrets, token seal.Token, record seal.Record) (*luks2.Header, error) {
+	h, err := luks2.Format(luks2.FormatOptions{UUID: all[i].UUID, Label: v.Name, Subsystem: "holdfast", SizeBytes: v.Device.Size(), Rand: m.Rand}, v.key)
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +237,7 @@ func (m *Machine) newHeader(v *volume, keys *secrets, token seal.Token, record s
 	if slot, err = h.AddKeyslot(v.key, sealed, luks2.HighEntropyKDF(), m.Rand); err != nil {
 		return nil, err
 	}
-	token.Keyslots = []string{strconv.Itoa(slot)}
+	token.Keyslots, token.VolumeMAC = []string{strconv.Itoa(slot)}, volumeMAC(keys.sealed, v.key)
 	raw, err := token.Marshal()
 	if err != nil {
 		return nil, err
@@ -246,6 +246,12 @@ func (m *Machine) newHeader(v *volume, keys *secrets, token seal.Token, record s
 		return nil, err
 	}
 	if raw, err = record.Marshal(); err != nil {
+		return nil, err
+	}
+	if _, err := h.SetToken(luks2.NextToken, raw); err != nil {
+		return nil, err
+	}
+	if raw, err = boxNote(v.key, all[i], all); err != nil {
 		return nil, err
 	}
 	if _, err := h.SetToken(luks2.NextToken, raw); err != nil {

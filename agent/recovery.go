@@ -42,8 +42,9 @@ func (m *Machine) recover(vols []*volume, cause error) error {
 		case "poweroff":
 			return ErrPowerOff
 		}
-		err = tryRecovery(vols, line)
+		err = m.tryRecovery(vols, line)
 		if err == nil {
+			m.opened = nil // by the TPM, no state did
 			m.Log.Info("opened with the recovery key")
 			return nil
 		}
@@ -61,8 +62,9 @@ func (m *Machine) keyboard() *bufio.Reader {
 	return m.typed
 }
 
-// tryRecovery opens the volumes with what a person typed.
-func tryRecovery(vols []*volume, typed string) error {
+// tryRecovery opens the volumes with what a person typed. That they open shows only
+// that the key is theirs, and not that they are this box's (F80).
+func (m *Machine) tryRecovery(vols []*volume, typed string) error {
 	key, err := luks2.ParseRecoveryKey(typed)
 	if err != nil {
 		return err
@@ -79,8 +81,11 @@ func tryRecovery(vols []*volume, typed string) error {
 			return fmt.Errorf("data volume %s: %w", v.Name, err)
 		}
 		v.open(volumeKey, "recovery")
+		if err := m.checkReleased(v); err != nil {
+			return err
+		}
 	}
-	return nil
+	return checkBox(vols)
 }
 
 // explanation says in plain words what happened and what it may mean.

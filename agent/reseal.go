@@ -437,7 +437,7 @@ func (y *syncing) add(v *sealedVolume) error {
 			return err
 		}
 		t := f.token
-		t.Keyslots = []string{strconv.Itoa(slot)}
+		t.Keyslots, t.VolumeMAC = []string{strconv.Itoa(slot)}, volumeMAC(f.secret, v.key)
 		raw, err := t.Marshal()
 		if err != nil {
 			return err

@@ -83,6 +83,7 @@ type Machine struct {
 	typed   *bufio.Reader // of the console, once
 	changes []string      // which PCRs differ, once the TPM has refused
 	opened  *seal.Token   // the state that the TPM opened
+	secret  []byte        // that the TPM gave for it
 	now     map[int]pcr.Digest
 }
 
@@ -124,6 +125,7 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 		for _, v := range vols {
 			luks2.Wipe(v.key)
 		}
+		luks2.Wipe(m.secret)
 		if m.tpm != nil {
 			s.Boot.TPMMilliseconds, s.Boot.TPMCommands = m.tpm.spent.Milliseconds(), m.tpm.commands
 		}
@@ -216,6 +218,8 @@ func (m *Machine) unlock(b image.Boot, vols []*volume) error {
 		if err := m.recover(vols, err); err != nil {
 			return err
 		}
+	} else if err := checkBox(vols); err != nil {
+		return err
 	}
 	if err := m.finishPublishing(vols); err != nil {
 		return err
@@ -278,8 +282,7 @@ func (m *Machine) unseal(v *volume) (passphrase []byte, slot int, err error) {
 		m.changes = m.explain(v.header, tpm)
 		return nil, 0, err
 	}
-	defer luks2.Wipe(secret)
-	m.opened = &tokens[i]
+	m.opened, m.secret = &tokens[i], secret
 	m.remember(tpm)
 	slot, err = strconv.Atoi(tokens[i].Keyslots[0]) // ParseToken has seen to one
 	return seal.Passphrase(secret), slot, err
@@ -440,6 +443,10 @@ func (m *Machine) seenIdentity(vols []*volume) error {
 	for _, v := range vols {
 		mac := hmac.New(sha256.New, v.key)
 		fmt.Fprintf(mac, "holdfast:%s:%s", v.Name, v.header.UUID())
+		if v.method == "recovery" {
+			// Whoever knows a key of the disk typed it; no TPM vouches for the volume.
+			fmt.Fprint(mac, ":recovery")
+		}
 		macs = mac.Sum(macs)
 	}
 	if err := seal.ExtendPCR(m.tpm, identityPCR, macs); err != nil {

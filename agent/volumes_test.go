@@ -63,7 +63,7 @@ func TestKeyslots(t *testing.T) {
 		if err != nil || !report.Sound() {
 			t.Fatalf("%v, %+v", err, report)
 		}
-		if h.Label() != p.Name || h.Subsystem() != "holdfast" || len(h.Keyslots()) != 3 || len(h.Tokens()) != 3 {
+		if h.Label() != p.Name || h.Subsystem() != "holdfast" || len(h.Keyslots()) != 3 || len(h.Tokens()) != 4 {
 			t.Errorf("label %q, subsystem %q, %d keyslots, %d tokens", h.Label(), h.Subsystem(), len(h.Keyslots()), len(h.Tokens()))
 		}
 		volumeKey := s.storage.mapped["/dev/mapper/"+p.Name].volumeKey

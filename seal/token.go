@@ -2,6 +2,7 @@ package seal
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -60,6 +61,10 @@ type Token struct {
 	For string
 	// Tickets spare the TPM work; see [AddTickets].
 	Tickets []Ticket
+	// VolumeMAC is, on a volume, a MAC of its key under the secret, made and checked by
+	// the caller: it tells a volume whose keyslot is damaged from another volume that
+	// bears a copy of this token. 32 bytes, or nil in tokens of others.
+	VolumeMAC []byte
 	// SRK is the storage key; nil in tokens of systemd 252, which make a
 	// primary key anew each time.
 	SRK *SRKRef
@@ -106,6 +111,7 @@ type tokenJSON struct {
 	Ref     string       `json:"holdfast_ref,omitempty"`
 	Counter *counterJSON `json:"holdfast_nv,omitempty"`
 	Tickets []ticketJSON `json:"holdfast_tickets,omitempty"`
+	Volume  []byte       `json:"holdfast_volume,omitempty"`
 
 	// Newer fields whose meaning changes how the object is opened.
 	PolicyKeyRef string          `json:"tpm2_pubkey_ref,omitempty"`
@@ -181,6 +187,7 @@ func (t Token) Marshal() ([]byte, error) {
 		Salt:       t.Salt,
 		For:        t.For,
 		Ref:        t.Ref,
+		Volume:     t.VolumeMAC,
 	}
 	if t.SRK != nil {
 		j.SRK = t.SRK.marshal()
@@ -210,7 +217,7 @@ func ParseToken(b []byte) (Token, error) {
 	}
 	t := Token{
 		Keyslots: j.Keyslots, PCRs: j.PCRs, PIN: j.PIN,
-		SignedPCRs: j.SignedPCRs, PolicyKeyPEM: j.PolicyKey, Salt: j.Salt, For: j.For, Ref: j.Ref,
+		SignedPCRs: j.SignedPCRs, PolicyKeyPEM: j.PolicyKey, Salt: j.Salt, For: j.For, Ref: j.Ref, VolumeMAC: j.Volume,
 	}
 	if err := j.own(&t); err != nil {
 		return Token{}, fmt.Errorf("TPM token: %w", err)
@@ -311,6 +318,9 @@ func (t Token) checkOwn() error {
 	}
 	if err := checkRef(t.Ref); err != nil {
 		return fmt.Errorf("holdfast_ref: %w", err)
+	}
+	if n := len(t.VolumeMAC); n != 0 && n != sha256.Size {
+		return fmt.Errorf("holdfast_volume: %d bytes, not %d", n, sha256.Size)
 	}
 	if t.Ref != "" && len(t.SignedPCRs) == 0 {
 		return errors.New("holdfast_ref without tpm2_pubkey_pcrs")
