@@ -8,6 +8,7 @@
 //	GET  /whoami        uid and effective capabilities
 //	GET  /space         bytes of the data volume's file system
 //	POST /die           end with exit status 3
+//	POST /run?arg=P&arg=A...  run a program; its exit code, a line feed, what it printed
 //	ANY  /v1/...        the agent's API
 package main
 
@@ -20,6 +21,7 @@ import (
 	"net/http"
 	"net/http/httputil"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -69,7 +71,24 @@ func main() {
 	}
 	http.Handle("/v1/", agent)
 	http.HandleFunc("POST /die", func(w http.ResponseWriter, r *http.Request) { os.Exit(3) })
+	http.HandleFunc("POST /run", run)
 	log.Fatal(http.ListenAndServe(":80", nil))
+}
+
+// run is for boxes that nobody can log in to.
+func run(w http.ResponseWriter, r *http.Request) {
+	argv := r.URL.Query()["arg"]
+	if len(argv) == 0 {
+		http.Error(w, "no program", http.StatusBadRequest)
+		return
+	}
+	cmd := exec.Command(argv[0], argv[1:]...)
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	fmt.Fprintf(w, "%d\n%s", cmd.ProcessState.ExitCode(), out)
 }
 
 // put stores a record so that it survives a power cut after the answer.
