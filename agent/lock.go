@@ -23,9 +23,17 @@ const (
 	settlingTime = 2 * time.Second
 )
 
-// lockFile takes a lock that the kernel takes back when this process ends, however it
+// fileLock is a lock that the kernel takes back when this process ends, however it
 // ends. What is in the file is for people, and not the lock.
-func lockFile(path string, how int) (*os.File, error) {
+type fileLock struct{ *os.File }
+
+// Close gives the lock back at once. Closing alone does not, while a child between its
+// fork and its exec has the file open, too.
+func (l fileLock) Close() error {
+	return errors.Join(unix.Flock(int(l.Fd()), unix.LOCK_UN), l.File.Close())
+}
+
+func lockFile(path string, how int) (*fileLock, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
@@ -38,7 +46,7 @@ func lockFile(path string, how int) (*os.File, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), f.Close())
 	}
-	return f, nil
+	return &fileLock{f}, nil
 }
 
 // claimFile takes the lock at path for this process, or is [ErrUpdating] and says who

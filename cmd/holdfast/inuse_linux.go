@@ -41,7 +41,11 @@ func openTarget(path string) (*target, error) {
 	return &target{dev, lock}, nil
 }
 
-func (t *target) Close() error { return errors.Join(t.File.Close(), t.lock.Close()) }
+// Close gives the locks back, also those that a child has between its fork and its exec.
+func (t *target) Close() error {
+	l := unix.Flock_t{Type: unix.F_UNLCK}
+	return errors.Join(unix.FcntlFlock(t.lock.Fd(), unix.F_OFD_SETLK, &l), t.File.Close(), t.lock.Close())
+}
 
 // QEMU locks an image by bytes of the file: those from 100 on say what it does with it,
 // those from 200 on what it lets others do (docs/system/qemu-block-drivers, "Disk image

@@ -60,7 +60,12 @@ func lock(private string) (release func(), err error) {
 	// A full disk does not keep anybody from making room.
 	_ = f.Truncate(0)
 	_, _ = fmt.Fprintf(f, "%d %s\n", os.Getpid(), time.Now().UTC().Format(time.RFC3339))
-	return func() { _ = f.Truncate(0); f.Close() }, nil
+	return func() {
+		_ = f.Truncate(0)
+		// Closing alone leaves the lock with a child that is between its fork and its exec.
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		f.Close()
+	}, nil
 }
 
 // claim makes this process the only one that changes the repository, and reads what

@@ -317,6 +317,37 @@ func TestCreateAtOnce(t *testing.T) {
 	}
 }
 
+// TestLockAndChildren: a child that is started meanwhile has the file open for a moment,
+// and does not keep the lock.
+func TestLockAndChildren(t *testing.T) {
+	dir := t.TempDir()
+	stop, done := make(chan struct{}), make(chan struct{})
+	for range 2 {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = exec.Command("true").Run()
+				}
+			}
+		}()
+	}
+	for range 3000 {
+		release, err := lock(dir)
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		release()
+	}
+	close(stop)
+	<-done
+	<-done
+}
+
 // TestLockText is what is said of a lock whose process did not come to say who it is.
 func TestLockText(t *testing.T) {
 	dir := t.TempDir()
