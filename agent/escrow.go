@@ -144,12 +144,18 @@ func (c *Custody) client() (*http.Client, error) {
 }
 
 // fromFolder takes the receipts in the top folder of a medium, and says whether the
-// medium asks for the escrow. Only plain files count.
+// medium asks for the escrow. Only plain files count; case does not, nor the ending
+// that some systems give to every text.
 func (c *Custody) fromFolder(dir string) (asks bool, err error) {
-	if info, err := os.Lstat(filepath.Join(dir, escrowRequest)); err == nil && info.Mode().IsRegular() {
-		asks = true
+	requests, err := filesIn(dir, 1, func(name string) bool {
+		return strings.TrimSuffix(strings.ToLower(name), ".txt") == escrowRequest
+	})
+	if err != nil {
+		return false, err
 	}
+	asks = len(requests) > 0
 	paths, err := filesIn(dir, maxReceipts, func(name string) bool {
+		name = strings.ToLower(name)
 		return strings.HasPrefix(name, escrow.ReceiptPrefix) && strings.HasSuffix(name, ".json")
 	})
 	if err != nil || c.Config.ReceiptKeyPEM == "" {

@@ -493,7 +493,13 @@ func TestMediumWithReceipts(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, escrowRequest)); err != nil {
 		t.Fatal(err)
 	}
-	putFile(t, filepath.Join(dir, escrowRequest), nil)
+	if err := os.Mkdir(filepath.Join(dir, escrowRequest), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if asks, err := look(); asks || err != nil {
+		t.Errorf("a folder: %v, %v", asks, err)
+	}
+	putFile(t, filepath.Join(dir, "Escrow-Request.TXT"), nil)
 	if asks, err := look(); !asks || err != nil {
 		t.Errorf("a request: %v, %v", asks, err)
 	}
