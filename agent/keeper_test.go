@@ -343,6 +343,9 @@ func TestUpdatesOfEachPolicy(t *testing.T) {
 				if n := st.s.status.Boot.TPMCommands; n > 12 {
 					t.Errorf("%d TPM commands in a later boot", n)
 				}
+				if text := strings.Join(st.s.status.Rules, "\n"); strings.Contains(text, "hash is kept") {
+					t.Errorf("rules without values: %s", text)
+				}
 				ofRelease := policy == seal.PolicyStrict || !secureBoot && policy != seal.PolicyDiskTheftOnly
 				st.mustSettle()
 				st.apply("1.1.0")

@@ -209,11 +209,16 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[i
 	s.States, s.Rules, s.SealedPCRs = nil, nil, nil
 	weak := map[string]bool{}
 	for _, t := range tokens {
-		policy := explained(t, s.Policy, known)
+		policy, valued := explained(t, s.Policy, known)
 		if slices.Contains(splitNames(t.For), suspendedName) {
 			policy.Name = suspendedName
 		}
-		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: rules(policy)}
+		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: policy.Describe()}
+		for i, l := range state.Rules {
+			if !valued {
+				state.Rules[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
+			}
+		}
 		state.Opened = opened == t.PolicyHash
 		s.States = append(s.States, state)
 		if s.Rules == nil || state.Opened {
@@ -232,7 +237,7 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[i
 }
 
 // explained is the token's policy with those of the known values that lead to its hash.
-func explained(t seal.Token, name string, known []map[int]pcr.Digest) seal.Policy {
+func explained(t seal.Token, name string, known []map[int]pcr.Digest) (p seal.Policy, ok bool) {
 	for _, values := range known {
 		p := t.Policy(name)
 		complete := true
@@ -241,19 +246,10 @@ func explained(t seal.Token, name string, known []map[int]pcr.Digest) seal.Polic
 			p.PCRs[i], complete = v, complete && ok
 		}
 		if digest, err := p.Digest(); complete && err == nil && digest == t.PolicyHash {
-			return p
+			return p, true
 		}
 	}
-	return t.Policy(name)
-}
-
-// rules describes a policy; a zero value is one that is not known here.
-func rules(p seal.Policy) []string {
-	lines := p.Describe()
-	for i, l := range lines {
-		lines[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
-	}
-	return lines
+	return t.Policy(name), false
 }
 
 // pcrTexts is for status; nil stays nil.

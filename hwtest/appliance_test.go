@@ -316,6 +316,12 @@ func TestOtherTPM(t *testing.T) {
 	if s := statusIn(t, m.Console()); s.Volumes[0].Method != "recovery" || len(s.Problems) == 0 {
 		t.Errorf("status hides that the recovery key was used: %+v", s)
 	}
+	// The registers are the same and the TPM is not; it is sealed to all the same (F37).
+	m.Expect(`repaired what="sealed to the present state`, bootTime)
+	reboot(t, m)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
 }
 
 func TestTPMCleared(t *testing.T) {

@@ -244,29 +244,6 @@ func TestUpdates(t *testing.T) {
 	})
 }
 
-// TestUpdateWithoutSecureBoot: the box says beforehand that it could not open its data.
-func TestUpdateWithoutSecureBoot(t *testing.T) {
-	t.Parallel()
-	nextRelease(t, "2.1.0", nil)
-	m, _ := aBox(t, false)
-	m.PowerOn()
-	m.Expect(readyPattern, bootTime)
-	if err := apply(m, "2.1.0"); err == nil || !strings.Contains(err.Error(), "PCR 4") {
-		t.Errorf("apply: %v", err)
-	}
-	s := updateStatus(t, m)
-	if s.Pending != nil || len(s.Journal) != 1 || s.Journal[0].Result != update.Refused {
-		t.Errorf("after a refusal: %+v", s)
-	}
-	m.PowerCut()
-	if d, _ := openDisk(t, m.Disk); d != nil {
-		entries, err := d.Entries()
-		if err != nil || len(entries) != 1 || !entries[0].Good() {
-			t.Errorf("boot entries after a refusal: %+v, %v", entries, err)
-		}
-	}
-}
-
 // TestPowerCutsDuringUpdate pulls the plug at a random moment of an installation.
 // Whatever was cut, the box boots a good slot and opens its data, and the update
 // completes at the next try.
