@@ -176,7 +176,7 @@ func (k *Keeper) look() (s *situation, err error) {
 	}
 	if k.Policy.PIN {
 		if s.pin, err = os.ReadFile(filepath.Join(k.folder(), pinFile)); err != nil {
-			return nil, fmt.Errorf("the PIN to seal with, which is chosen at a box's first boot only: %w", err)
+			return nil, fmt.Errorf("the PIN that states are sealed with: %w", err)
 		}
 	}
 	return s, k.ask(s)

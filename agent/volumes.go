@@ -117,6 +117,9 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 	if m.Rand == nil {
 		m.Rand = rand.Reader
 	}
+	if err := m.decommissioned(b.Appliance, parts); err != nil {
+		return err
+	}
 	vols := make([]*volume, len(parts))
 	for i, p := range parts {
 		vols[i] = &volume{Partition: p}

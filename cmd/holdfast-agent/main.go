@@ -44,6 +44,10 @@ const usage = `usage: holdfast-agent VERB
   recovery [status]      who has the recovery key, in which escrow  [--json]
   recovery replace       another recovery key; the old one holds until that is typed back
   recovery escrow FILE   the escrow, for who keeps it;  recovery receipt FILE brings his receipt
+  reset --factory [--yes]
+                         destroy all data and its keys; the next start makes new volumes
+  decommission [--proof FILE] [--yes]
+                         destroy them for good, with a proof in JSON, and switch off
   version
 
 exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or to change, not on trial
@@ -111,6 +115,10 @@ func run(args []string) int {
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "recovery":
 		err = recovery(ctx, args[1:])
+	case args[0] == "reset":
+		err = reset(ctx, c, args[1:])
+	case args[0] == "decommission":
+		err = decommission(ctx, c, args[1:])
 	case args[0] == "version" && len(args) == 1:
 		fmt.Println("holdfast-agent", version)
 	default:
