@@ -54,6 +54,8 @@ type Custody struct {
 	Rand io.Reader
 
 	mu sync.Mutex // held over every use of the folder
+	// news is sent to after each change, for who delivers the escrow.
+	news chan struct{}
 	// changed, if not nil, is called after each change of the folder; power-cut tests use it.
 	changed func()
 	web     http.RoundTripper // of tests
@@ -63,7 +65,7 @@ type Custody struct {
 func newCustody(log *slog.Logger, a image.Appliance, root string) *Custody {
 	return &Custody{
 		Log: log, Config: a.Recovery, Product: a.Name, Release: a.Version, Root: root, Now: time.Now,
-		Dir: filepath.Join(root, a.Volumes[0].Mount, stateFolder, custodyFolder),
+		Dir: filepath.Join(root, a.Volumes[0].Mount, stateFolder, custodyFolder), news: make(chan struct{}, 1),
 	}
 }
 
@@ -128,6 +130,10 @@ func (c *Custody) save(a account) error {
 // keep writes a file of the account, whole or not at all.
 func (c *Custody) keep(path string, content []byte) error {
 	err := update.WriteFile(path, content, 0o600)
+	select {
+	case c.news <- struct{}{}:
+	default: // somebody is on the way already
+	}
 	if c.changed != nil {
 		c.changed()
 	}

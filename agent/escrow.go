@@ -27,8 +27,8 @@ const (
 	maxReceipts = 64
 
 	postTime    = time.Minute
-	postAgain   = 6 * time.Hour // when the escrow has arrived and the receipt has not
-	postPoll    = 20 * time.Second
+	postAgain   = 6 * time.Hour   // when the escrow has arrived and the receipt has not
+	postSoon    = 2 * time.Second // after an escrow was made
 	maxPosted   = 64 << 10
 	postRetry   = time.Minute
 	postLongest = 2 * time.Hour
@@ -40,25 +40,34 @@ func (c *Custody) deliver(ctx context.Context) {
 	if c.Config.URL == "" {
 		return
 	}
-	sent := [32]byte{}
-	retry, next := postRetry, c.Now()
-	for wait := firstCheckMin + rand.N(firstCheckMin); sleep(ctx, wait); wait = postPoll {
-		e := c.undelivered()
-		if e == nil || e.Digest() == sent && c.Now().Before(next) {
+	var sent [32]byte
+	retry, due := postRetry, time.After(firstCheckMin+rand.N(firstCheckMin))
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.news:
+			if e := c.undelivered(); e != nil && e.Digest() != sent {
+				retry, due = postRetry, time.After(postSoon)
+			}
 			continue
+		case <-due:
 		}
-		if e.Digest() != sent {
-			retry = postRetry
+		e := c.undelivered()
+		if e == nil {
+			due = nil // until there is another
+			continue
 		}
 		sent = e.Digest()
-		err := c.Post(ctx, e)
-		if err == nil {
-			retry, next = postRetry, c.Now().Add(postAgain)
-			continue
+		wait := postAgain
+		if err := c.Post(ctx, e); err != nil {
+			c.Log.Warn("escrow not delivered", "url", c.Config.URL, "error", err)
+			wait = retry/2 + rand.N(retry/2)
+			retry = min(2*retry, postLongest)
+		} else {
+			retry = postRetry
 		}
-		c.Log.Warn("escrow not delivered", "url", c.Config.URL, "error", err)
-		next = c.Now().Add(retry/2 + rand.N(retry/2))
-		retry = min(2*retry, postLongest)
+		due = time.After(wait)
 	}
 }
 

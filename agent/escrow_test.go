@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -630,16 +631,22 @@ func TestDeliver(t *testing.T) {
 	k.config.URL = "http://escrow.example/"
 	s, c := newBox(t, 1).mustProvision(k.config)
 	synctest.Test(t, func(t *testing.T) {
-		c.Now = time.Now
-		tries, mode := 0, "down"
+		c.Now, c.news = time.Now, make(chan struct{}, 1) // a channel of the bubble
+		var tries atomic.Int32
+		var mode atomic.Value
+		mode.Store("down")
 		c.web = fakeWeb(func(r *http.Request) (*http.Response, error) {
-			tries++
-			e, err := c.Escrow()
+			tries.Add(1)
+			sent, err := io.ReadAll(r.Body)
+			if err != nil {
+				t.Error(err)
+			}
+			e, err := escrow.Parse(sent)
 			if err != nil {
 				t.Error(err)
 			}
 			body := k.receipt(t, e)
-			switch mode {
+			switch mode.Load() {
 			case "down":
 				return nil, errors.New("connection refused")
 			case "slow": // to acknowledge
@@ -651,21 +658,29 @@ func TestDeliver(t *testing.T) {
 		ctx, stop := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); c.deliver(ctx) }()
-		span := func(d time.Duration, least, most int) {
+		span := func(server string, d time.Duration, least, most int32) {
 			t.Helper()
-			tries = 0
+			mode.Store(server)
+			tries.Store(0)
 			time.Sleep(d)
 			synctest.Wait()
-			if tries < least || tries > most {
-				t.Errorf("%d tries while the server is %s, want %d to %d", tries, mode, least, most)
+			if n := tries.Load(); n < least || n > most {
+				t.Errorf("%d tries in %v while the server is %s, want %d to %d", n, d, server, least, most)
 			}
 		}
-		span(24*time.Hour, 12, 40)
-		mode = "slow"
-		span(24*time.Hour, 3, 6)
-		mode = "up"
-		span(24*time.Hour, 1, 1)
-		span(72*time.Hour, 0, 0)
+		span("down", 24*time.Hour, 12, 40)
+		span("slow", 24*time.Hour, 3, 6)
+		span("up", 24*time.Hour, 1, 1)
+		span("up", 72*time.Hour, 0, 0)
+		// Another escrow is sent at once.
+		r, err := c.Replace()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Commit(r.Serial); err != nil {
+			t.Fatal(err)
+		}
+		span("up", time.Minute, 1, 1)
 		stop()
 		<-done
 	})
