@@ -84,7 +84,7 @@ func kvmReachesBootManager(ctx context.Context) (bool, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, probeTime)
 	defer cancel()
-	args := append(acceleratorArguments("kvm"), fw.arguments(vars)...)
+	args := append(acceleratorArguments("kvm"), fw.arguments(vars, false)...)
 	args = append(args, "-nodefaults", "-display", "none", "-m", "256", "-smp", "2", "-serial", "stdio")
 	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
 	out, err := cmd.StdoutPipe()
@@ -146,11 +146,12 @@ func findFirmware(secureBoot bool) (firmware, error) {
 
 // arguments plug the firmware in. The variables are writable only from system
 // management mode when the code is the Secure Boot build.
-func (fw firmware) arguments(vars string) []string {
+func (fw firmware) arguments(vars string, readOnly bool) []string {
+	writable := map[bool]string{true: "readonly=on,", false: ""}[readOnly]
 	return []string{
 		"-machine", "q35,smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on",
 		"-drive", "if=pflash,format=raw,unit=0,readonly=on,file=" + fw.code,
-		"-drive", "if=pflash,format=raw,unit=1,file=" + strings.ReplaceAll(vars, ",", ",,"),
+		"-drive", "if=pflash,format=raw,unit=1," + writable + "file=" + strings.ReplaceAll(vars, ",", ",,"),
 	}
 }
 

@@ -45,6 +45,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -83,6 +84,10 @@ type Options struct {
 	// Bare starts this kernel, initrd and command line under a firmware that
 	// measures nothing: a board whose SHA-256 bank is there and never extended.
 	Bare *Bare
+	// ReadOnlyVariables makes the firmware's variable store refuse writes.
+	ReadOnlyVariables bool
+	// Drives are further disks; see [Box.Attach].
+	Drives []Drive
 	// Log, when set, receives everything the console prints.
 	Log io.Writer
 	// Accelerator is "kvm", "tcg" or "" for what [Accelerator] finds.
@@ -91,6 +96,28 @@ type Options struct {
 
 // Bare is a kernel started without UEFI.
 type Bare struct{ Kernel, Initrd, Cmdline string }
+
+// Drive is a disk on the board beside the box's own: an install medium that was left
+// in, the old disk, a copy.
+type Drive struct {
+	Image string // raw, written in place
+	Bus   Bus
+	// First makes the firmware start from it, and not from the box's own disk.
+	First bool
+}
+
+// Bus is how a [Drive] is connected.
+type Bus int
+
+const (
+	// VirtIO is how the box's own disk is connected. The drive has the lower address:
+	// it is /dev/vda, and the box's own comes after it.
+	VirtIO Bus = iota
+	// NVMe is a slot for an SSD.
+	NVMe
+	// USB is a stick. Debian's cloud kernels have no driver for it; the firmware does.
+	USB
+)
 
 // Box is one machine: board, firmware variables, TPM and disk.
 type Box struct {
@@ -130,8 +157,8 @@ func (b *Box) varsPath() string { return filepath.Join(b.Dir, "firmware.vars") }
 func (b *Box) tpmDir() string   { return filepath.Join(b.Dir, "tpm") }
 
 // ResetFirmware gives the board factory-fresh firmware variables: no boot
-// entries, and the keys enrolled, or setup mode when keys is nil.
-// The box must be off.
+// entries, and the keys enrolled. With none in keys, a board that can do Secure
+// Boot is in setup mode; with keys nil, it cannot. The box must be off.
 func (b *Box) ResetFirmware(keys *SecureBootKeys) error {
 	fw, err := findFirmware(keys != nil)
 	if err != nil {
@@ -148,6 +175,19 @@ func (b *Box) ResetFirmware(keys *SecureBootKeys) error {
 	}
 	b.opts.SecureBoot = keys
 	return os.WriteFile(b.varsPath(), vars, 0o600)
+}
+
+// ReadOnlyVariables makes the firmware's variable store refuse writes from the next
+// power-on, or take them again.
+func (b *Box) ReadOnlyVariables(on bool) { b.opts.ReadOnlyVariables = on }
+
+// Attach plugs a further disk in before the next power-on; [VM.Plug] does while the box
+// is on. The box must be off.
+func (b *Box) Attach(d Drive) { b.opts.Drives = append(slices.Clone(b.opts.Drives), d) }
+
+// Detach takes out what Attach plugged in. The box must be off.
+func (b *Box) Detach(image string) {
+	b.opts.Drives = slices.DeleteFunc(slices.Clone(b.opts.Drives), func(d Drive) bool { return d.Image == image })
 }
 
 // ReplaceTPM puts another, factory-fresh TPM on the board: what unsealed on the

@@ -104,8 +104,9 @@ func acceptOrExit(l net.Listener, done <-chan struct{}) (net.Conn, error) {
 	}
 }
 
-// arguments is QEMU's command line. The disk has the only boot index, so that
-// the firmware tries nothing else before it: what it tries lands in PCR 4.
+// arguments is QEMU's command line. The disk has the only boot index, unless a drive
+// is to be First, so that the firmware tries nothing else before it: what it tries
+// lands in PCR 4.
 func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
 	cpus := b.opts.CPUs
 	if cpus == 0 {
@@ -130,7 +131,10 @@ func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		args = append(args, fw.arguments(b.varsPath())...)
+		args = append(args, fw.arguments(b.varsPath(), b.opts.ReadOnlyVariables)...)
+	}
+	for n, d := range b.opts.Drives {
+		args = append(args, d.arguments(n)...)
 	}
 	if b.Disk != "" {
 		format := "raw"
@@ -156,6 +160,24 @@ func (b *Box) arguments(vm *VM, accel string) ([]string, error) {
 			"-tpmdev", "emulator,id=tpm0,chardev=tpm", "-device", "tpm-crb,tpmdev=tpm0")
 	}
 	return args, nil
+}
+
+// arguments plug the n-th further disk in.
+func (d Drive) arguments(n int) []string {
+	id := fmt.Sprintf("drive%d", n)
+	device := map[Bus]string{
+		VirtIO: "virtio-blk-pci,drive=" + id,
+		NVMe:   "nvme,serial=" + id + ",drive=" + id,
+		USB:    "usb-storage,bus=usb" + id + ".0,removable=on,drive=" + id,
+	}[d.Bus]
+	if d.First {
+		device += ",bootindex=0"
+	}
+	var args []string
+	if d.Bus == USB {
+		args = append(args, "-device", "qemu-xhci,id=usb"+id)
+	}
+	return append(args, "-drive", "if=none,id="+id+",format=raw,discard=unmap,file="+strings.ReplaceAll(d.Image, ",", ",,"), "-device", device)
 }
 
 // stickPort is where [VM.Plug] plugs in.
