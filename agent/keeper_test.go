@@ -763,7 +763,7 @@ func TestPIN(t *testing.T) {
 			}
 		}
 		next()
-		s = b.mustBoot("recovery\n"+key+"\n", "recovery")
+		b.mustBoot("recovery\n"+key+"\n", "recovery")
 		next()
 		if _, err := b.boot("reboot\n"); !errors.Is(err, ErrReboot) {
 			t.Errorf("reboot: %v", err)

@@ -43,7 +43,7 @@ type EFIVars interface {
 
 // ErrVariables says that the firmware's variables cannot be read. Secure Boot is not
 // managed then; everything else goes on (F67).
-var ErrVariables = errors.New("Secure Boot management is unavailable: the firmware's variables cannot be read")
+var ErrVariables = errors.New("no Secure Boot management: the firmware's variables cannot be read")
 
 // SecureBootState is what the firmware says of Secure Boot.
 type SecureBootState struct {
@@ -301,7 +301,7 @@ func applied(s *SecureBootState, u image.VariableUpdate, a *sigdb.Auth) bool {
 // check says why a change cannot be made, and completes it otherwise.
 func (k *SecureBootKeeper) check(s *SecureBootState, c *VariableChange, a *sigdb.Auth) error {
 	if !s.Enforced() {
-		return fmt.Errorf("Secure Boot is not in force (%s)", s.Mode())
+		return fmt.Errorf("the firmware does not enforce Secure Boot (%s)", s.Mode())
 	}
 	keks, _ := s.Databases[sigdb.KEK].Certificates() // odd ones are in the state's notes
 	if err := a.VerifiedBy(c.Variable, c.Append, keks...); err != nil {

@@ -432,7 +432,7 @@ func TestChangesInOddStates(t *testing.T) {
 			b.fw.values[m] = []byte{v}
 		}
 		b.revokes(keys.Revocation{Digests: [][32]byte{{1}}})
-		b.blocked(name, "Secure Boot is not in force")
+		b.blocked(name, "does not enforce Secure Boot")
 	}
 	_, theirs := vendors(t)
 	b := newKeysBox(t)
