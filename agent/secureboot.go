@@ -43,7 +43,7 @@ type EFIVars interface {
 
 // ErrVariables says that the firmware's variables cannot be read. Secure Boot is not
 // managed then; everything else goes on (F67).
-var ErrVariables = errors.New("no Secure Boot management: the firmware's variables cannot be read")
+var ErrVariables = errors.New("management of Secure Boot is unavailable: the firmware's variables cannot be read")
 
 // SecureBootState is what the firmware says of Secure Boot.
 type SecureBootState struct {
