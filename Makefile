@@ -12,7 +12,7 @@ LDFLAGS := -s -w -X main.version=$(VERSION)
 # What building, running and judging needs of Debian 12.
 PACKAGES := age zbar-tools qemu-system-x86 qemu-utils ovmf swtpm swtpm-tools systemd-boot-efi \
 	cryptsetup-bin tpm2-tools sbsigntool systemd libtss2-tcti-swtpm0 mtools dosfstools gdisk erofs-utils \
-	e2fsprogs exfatprogs mmdebstrap efitools cpio zstd kmod binutils openssl gcc libc6-dev \
+	e2fsprogs exfatprogs mmdebstrap efitools cpio zstd kmod binutils openssl gcc libc6-dev opensc softhsm2 \
 	ca-certificates curl jq
 
 export HOLDFAST_INPUTS := $(CURDIR)/$(INPUTS)

@@ -194,7 +194,9 @@ type Seal struct {
 type SecureBoot struct {
 	// Enroll is "force" where the disk brings the vendor's keys for the boot loader to
 	// enrol in a firmware that is in setup mode, without asking anybody; "manual" offers
-	// it in the boot loader's menu. The default, "off", leaves it to the factory.
+	// it in the boot loader's menu. The default, "off", leaves it to the factory. Force
+	// is for boards that are known to keep keys: on one that forgets them over a restart
+	// (F4) the boot loader enrols and restarts for ever.
 	Enroll string `yaml:"enroll"`
 	// DB and DBX are signed updates (.auth) of the variables of these names, files on
 	// the build machine, ~/ allowed: db-next.auth or db.auth of the keys' folder, and
