@@ -99,10 +99,13 @@ func (c *Custody) carry(device string, writeBack bool, still func() bool) error 
 	if mounted := mountMedium(device, fs, 0); mounted != nil {
 		return errors.Join(err, mounted)
 	}
-	defer unmountMedium()
 	_, wrote := c.ToFolder(mediaPath, "medium "+device)
-	if errors.Is(wrote, ErrNoEscrow) {
+	unmountMedium()
+	switch {
+	case errors.Is(wrote, ErrNoEscrow):
 		wrote = nil
+	case wrote == nil:
+		c.Log.Info("the medium may be pulled out", "device", device)
 	}
 	return errors.Join(err, wrote)
 }

@@ -57,6 +57,7 @@ func TestEscrow(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.Expect(`escrow handed out serial=1 to="?medium `, bootTime)
+	m.Expect(`the medium may be pulled out`, bootTime)
 	if err := m.VM().Unplug(); err != nil {
 		t.Fatal(err)
 	}

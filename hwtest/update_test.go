@@ -165,9 +165,16 @@ func checkMemory(t *testing.T, m *hwtest.Machine, when string) {
 	}
 }
 
-// apply has the box install a version from the spec's repository.
-func apply(m *hwtest.Machine, version string) error {
-	_, err := call(m, http.MethodPost, "/v1/update/apply?version="+version, "")
+// apply has the box install a version from the spec's repository. While it asks there
+// by itself, it is busy.
+func apply(m *hwtest.Machine, version string) (err error) {
+	for range 60 {
+		_, err = call(m, http.MethodPost, "/v1/update/apply?version="+version, "")
+		if err == nil || !strings.Contains(err.Error(), "another update is under way") {
+			return err
+		}
+		time.Sleep(time.Second)
+	}
 	return err
 }
 
