@@ -125,26 +125,18 @@ func (s *Sealer) lock() (unlock func(), err error) {
 	if len(s.Volumes) == 0 {
 		return nil, errors.New("there is no data volume, so there is nothing to seal")
 	}
-	dir := filepath.Join(s.Root, s.Volumes[0].Volume.Mount, stateFolder)
-	f, err := os.OpenFile(filepath.Join(dir, sealLock), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
+	path := filepath.Join(s.Root, s.Volumes[0].Volume.Mount, stateFolder, sealLock)
 	for deadline := time.Now().Add(s.Patience); ; time.Sleep(20 * time.Millisecond) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			break
-		}
-		if errors.Is(err, unix.EINTR) || errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(deadline) {
-			continue
-		}
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
+		f, err := lockFile(path, unix.LOCK_EX|unix.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { f.Close() }, nil
+		case !errors.Is(err, unix.EWOULDBLOCK):
+			return nil, err
+		case !time.Now().Before(deadline):
 			return nil, ErrSyncing
 		}
-		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	return func() { f.Close() }, nil
 }
 
 // syncing is one Sync.

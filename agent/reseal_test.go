@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -374,4 +375,36 @@ func tokenOf(h *luks2.Header) (seal.Token, error) {
 		return seal.Token{}, errors.New("no TPM keyslot")
 	}
 	return list[0].Token, nil
+}
+
+// TestSealLockAndChildren: a child that is started meanwhile has the file open for a
+// moment, and does not keep the lock.
+func TestSealLockAndChildren(t *testing.T) {
+	b := newBox(t, 1)
+	s := b.mustBoot("", "provisioned").sealer()
+	stop, done := make(chan struct{}), make(chan struct{})
+	for range 2 {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = exec.Command("true").Run()
+				}
+			}
+		}()
+	}
+	for range 3000 {
+		unlock, err := s.lock()
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		unlock()
+	}
+	close(stop)
+	<-done
+	<-done
 }
