@@ -177,6 +177,10 @@ func (i *initrd) floorClock(buildSec int64) error {
 // hardware that is not there says ENODEV and is no loss; whatever is really
 // missing shows in the step that needs it.
 func (i *initrd) loadModules() error {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return err
+	}
 	for _, path := range i.boot.Modules {
 		if filepath.Base(path) == softdog && exists(watchdogPath) {
 			continue // the hardware's own is better
@@ -185,13 +189,27 @@ func (i *initrd) loadModules() error {
 		if err != nil {
 			return err
 		}
-		err = unix.FinitModule(int(f.Fd()), "", 0)
+		err = unix.FinitModule(int(f.Fd()), moduleParameters(filepath.Base(path), string(cmdline)), 0)
 		f.Close()
 		if err != nil && !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENODEV) {
 			i.log.Warn("module not loaded", "module", filepath.Base(path), "error", err)
 		}
 	}
 	return mountAll(firmwareMounts)
+}
+
+// moduleParameters are those that the kernel command line has for a module, as modprobe
+// would give them: the kernel itself has them only for what is built in.
+func moduleParameters(file, cmdline string) string {
+	normal := strings.NewReplacer("-", "_").Replace
+	name := normal(strings.TrimSuffix(file, ".ko"))
+	var words []string
+	for _, word := range strings.Fields(cmdline) {
+		if module, parameter, ok := strings.Cut(word, "."); ok && normal(module) == name {
+			words = append(words, parameter)
+		}
+	}
+	return strings.Join(words, " ")
 }
 
 // mapRoot finds the root by its hash, puts dm-verity over it and reads the

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -57,9 +58,18 @@ func (b *builder) initrdTree(k *kernel, app *image.Appliance) (*tree.Node, error
 	return root, b.put(root, "/init", 0o755, b.in.Agent)
 }
 
-// cmdline is what is measured: the spec's words, and ours.
-func (b *builder) cmdline() string {
+// pstoreOff keeps a kernel's panics out of the firmware's variables, where a few of them
+// fill the room that an update of dbx needs, and on some boards all there is (F65).
+const pstoreOff = "efi_pstore.pstore_disable="
+
+// cmdline is what is measured: the spec's words, and ours. A spec that says something
+// about pstore itself is left alone.
+func (b *builder) cmdline(k *kernel) string {
 	words := strings.Fields(b.spec.Kernel.Cmdline)
+	said := func(w string) bool { return strings.HasPrefix(strings.ReplaceAll(w, "-", "_"), pstoreOff) }
+	if k.pstore && !slices.ContainsFunc(words, said) {
+		words = append(words, pstoreOff+"1")
+	}
 	return strings.Join(append(words, fmt.Sprintf("panic=%d", panicTimeoutSec), image.RootHashWord+b.manifest.Verity.RootHash), " ")
 }
 
@@ -73,7 +83,7 @@ func (b *builder) writeUKI(k *kernel, app *image.Appliance) error {
 	if err := initrd.Write(&archive, root, initrd.Options{Compress: true}); err != nil {
 		return fmt.Errorf("write initrd: %w", err)
 	}
-	b.manifest.Cmdline = b.cmdline()
+	b.manifest.Cmdline = b.cmdline(k)
 	img, err := uki.Assemble(uki.Input{
 		Stub: b.in.Stub, Linux: k.image, Initrd: tree.Bytes(archive.Bytes()), Uname: k.version,
 		OSRelease: b.osRelease(), Cmdline: b.manifest.Cmdline,

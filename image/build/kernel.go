@@ -18,6 +18,8 @@ type kernel struct {
 	// root is what of the kernel goes into the root file system: LinuxKit's
 	// kernel.tar, nil for a package.
 	root *tree.Node
+	// pstore says that the kernel would keep its panics in the firmware's variables.
+	pstore bool
 }
 
 // alwaysModules are the kernel features the agent itself uses; those that are
@@ -68,6 +70,9 @@ func (b *builder) openKernel() (*kernel, error) {
 	}
 	if k.version, k.modules, err = kmod.Resolve(files, names, useful); err != nil {
 		return nil, b.at("kernel.modules", err)
+	}
+	if k.pstore, err = kmod.Has(files, "efi_pstore"); err != nil {
+		return nil, b.at("kernel.image", err)
 	}
 	b.manifest.Kernel = k.version
 	for _, m := range k.modules {

@@ -125,6 +125,34 @@ func TestLinuxKitKernelImage(t *testing.T) {
 	}
 }
 
+// TestPstore: the firmware's variables are not for a kernel's last words, whether the
+// kernel has efi_pstore built in or as a module (F65).
+func TestPstore(t *testing.T) {
+	const off = "efi_pstore.pstore_disable=1"
+	for name, c := range map[string]struct {
+		files  map[string][]byte
+		spec   string
+		before string // the words that stand before panic=
+	}{
+		"built in":    {map[string][]byte{"modules.builtin": []byte(builtin + "kernel/drivers/firmware/efi/efi-pstore.ko\n")}, "", off},
+		"as a module": {map[string][]byte{"modules.builtin": []byte(builtin), "kernel/drivers/firmware/efi/efi-pstore.ko": module(t, "name=efi_pstore\x00depends=\x00vermagic=6.6.1-linuxkit SMP\x00")}, "console=ttyS0", "console=ttyS0 " + off},
+		"not there":   {map[string][]byte{"modules.builtin": []byte(builtin)}, "console=ttyS0", "console=ttyS0"},
+		"wanted":      {map[string][]byte{"modules.builtin": []byte(builtin + "kernel/drivers/firmware/efi/efi-pstore.ko\n")}, "efi-pstore.pstore_disable=0", "efi-pstore.pstore_disable=0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			kernelImage(t, filepath.Join(dir, "kernel"), c.files)
+			k, b, err := openTestKernel(t, dir, "  cmdline: \""+c.spec+"\"\n")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if line := b.cmdline(k); !strings.HasPrefix(line, strings.TrimLeft(c.before+" panic=", " ")) {
+				t.Errorf("command line %q, want %q first", line, c.before)
+			}
+		})
+	}
+}
+
 func TestKernelErrorsPointAtTheSpec(t *testing.T) {
 	dir := t.TempDir()
 	kernelImage(t, filepath.Join(dir, "kernel"), map[string][]byte{"modules.builtin": []byte(builtin)})

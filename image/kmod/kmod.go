@@ -85,6 +85,16 @@ func Resolve(root *tree.Node, names, optional []string) (version string, mods []
 	return ix.version, mods, nil
 }
 
+// Has says whether the one kernel under root's lib/modules has a module, in a file or
+// built in.
+func Has(root *tree.Node, name string) (bool, error) {
+	ix, err := newIndex(root)
+	if err != nil {
+		return false, err
+	}
+	return ix.known(normal(name)), nil
+}
+
 // normal is the kernel's form of a module name.
 func normal(name string) string { return strings.ReplaceAll(name, "-", "_") }
 

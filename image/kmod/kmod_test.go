@@ -135,6 +135,17 @@ func TestResolve(t *testing.T) {
 	}
 }
 
+func TestHas(t *testing.T) {
+	for name, want := range map[string]bool{"ext4": true, "dm-crypt": true, "sha256_generic": true, "nothing_like_it": false} {
+		if got, err := Has(kernel(t, nil), name); err != nil || got != want {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+	if _, err := Has(tree.NewDir(0o755), "ext4"); err == nil {
+		t.Error("no kernel has it")
+	}
+}
+
 func TestContents(t *testing.T) {
 	_, mods, err := Resolve(kernel(t, nil), []string{"virtio_ring", "dm_crypt"}, nil)
 	if err != nil {
