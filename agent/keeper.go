@@ -42,6 +42,10 @@ type Keeper struct {
 	OpenDisk func() (*partition.Disk, io.Closer, error)
 	// EventLog is the firmware's.
 	EventLog func() ([]byte, error)
+	// Programs are the release that runs, as its kernel image on the disk says, and the
+	// digests of the boot loaders that lie there. The log's records are recognised by
+	// these: other programs may come before, between and behind them.
+	Programs func() (running pcr.Release, loaders []pcr.Digest, err error)
 	// Variables are the contents of PK, KEK, db and dbx as they are now, empty for one
 	// that does not exist.
 	Variables func() (map[string][]byte, error)
@@ -307,8 +311,8 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	if len(bound) == 0 {
 		return policyOf(k.Policy, k.SecureBoot, s.bond, nil)
 	}
-	log, running, err := k.running()
-	if err != nil {
+	log, running, err := k.running(s.notes)
+	if err != nil && (log.Class == pcr.Empty || slices.Contains(bound, 4) || slices.Contains(bound, 11)) {
 		return p, err
 	}
 	change := pcr.Change{Running: running, Next: running, Variables: c.variables}
@@ -326,8 +330,9 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	return policyOf(k.Policy, k.SecureBoot, s.bond, values)
 }
 
-// running reads the log and finds what started in this boot.
-func (k *Keeper) running() (log pcr.Log, r pcr.Release, err error) {
+// running reads the log and finds what started in this boot: by what is on the disk, and
+// by what was noted of releases, because the boot loader there may be the next one's by now.
+func (k *Keeper) running(n *notes) (log pcr.Log, r pcr.Release, err error) {
 	raw, err := k.EventLog()
 	if err != nil {
 		return log, r, fmt.Errorf("the firmware's event log: %w", err)
@@ -335,7 +340,21 @@ func (k *Keeper) running() (log pcr.Log, r pcr.Release, err error) {
 	if log, err = pcr.ParseLog(raw); err != nil {
 		return log, r, err
 	}
-	r, err = runningOf(log, k.SecureBoot)
+	onDisk, loaders, failure := k.Programs()
+	kernels := []pcr.Release{onDisk}
+	for name, e := range n.Releases {
+		noted, err := releaseOf(e)
+		if err != nil {
+			continue
+		}
+		loaders = append(loaders, noted.Loader.Authenticode)
+		if name == k.own() {
+			kernels = append(kernels, noted)
+		}
+	}
+	if r, err = runningOf(log, loaders, kernels); err != nil && failure != nil {
+		err = fmt.Errorf("%w; the programs on the disk: %w", err, failure)
+	}
 	return log, r, err
 }
 
@@ -490,7 +509,7 @@ func (k *Keeper) inForce() (tokens []seal.Token, known []map[int]pcr.Digest, err
 
 // noteOwn keeps what the log says of the release that runs, for when the other one does.
 func (k *Keeper) noteOwn(s *situation) {
-	_, r, err := k.running()
+	_, r, err := k.running(s.notes)
 	if err != nil {
 		k.Log.Info("what this boot started is not known", "reason", err)
 		return

@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
 const (
@@ -83,6 +84,7 @@ func (s *system) newKeeper() (*Keeper, error) {
 			return d.disk, d.dev, nil
 		},
 	}
+	k.Programs = s.programsOnce(k.OpenDisk)
 	for _, v := range s.app.Volumes {
 		device, _, err := disk.Partition(v.Name)
 		if err != nil {
@@ -102,6 +104,31 @@ func (s *system) newKeeper() (*Keeper, error) {
 		k.Signatures, _ = seal.ParseSignatures(raw) // they only save time
 	}
 	return k, nil
+}
+
+// programsOnce reads the programs on the disk until it succeeds, and then not again: they
+// are tens of megabytes, and an update puts another boot loader there.
+func (s *system) programsOnce(open func() (*partition.Disk, io.Closer, error)) func() (pcr.Release, []pcr.Digest, error) {
+	var mu sync.Mutex
+	var known bool
+	var kernel pcr.Release
+	var loaders []pcr.Digest
+	return func() (pcr.Release, []pcr.Digest, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !known {
+			disk, closer, err := open()
+			if err != nil {
+				return pcr.Release{}, nil, err
+			}
+			defer closer.Close()
+			if kernel, loaders, err = runningPrograms(disk, partition.Slot(s.initrd.Slot)); err != nil {
+				return pcr.Release{}, nil, err
+			}
+			known = true
+		}
+		return kernel, slices.Clone(loaders), nil
+	}
 }
 
 // secureBootVariables reads PK, KEK, db and dbx; one that does not exist is empty.

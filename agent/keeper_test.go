@@ -40,6 +40,9 @@ type platform struct {
 	loader     string // on the disk
 	// verifier has the certificate in db of releases that are not signed by the usual one.
 	verifier map[string]string
+	// others are programs of somebody else, by the start that they come before: 0 is the
+	// boot loader's, and the last one is behind all.
+	others map[int]string
 }
 
 func newPlatform(secureBoot bool) *platform {
@@ -122,7 +125,15 @@ func (f *platform) boot(t testing.TB, version string) {
 		programs = append(programs, "linux "+version)
 	}
 	verified := map[string]bool{}
-	for _, p := range programs {
+	foreign := func(n int) {
+		if what := f.others[n]; what != "" {
+			d := pcr.Digest(sha256.Sum256([]byte(what)))
+			f.measure(t, 4, pcr.EventBootServicesApp, make([]byte, 32), &d)
+		}
+	}
+	defer func() { foreign(len(programs)) }()
+	for n, p := range programs {
+		foreign(n)
 		by := "vendor's"
 		for v, certificate := range f.verifier {
 			if p == "uki "+v || p == "loader "+v[:1] {
@@ -303,7 +314,15 @@ func (st *station) keeper() *Keeper {
 		},
 		EventLog:  func() ([]byte, error) { return log, nil },
 		Variables: func() (map[string][]byte, error) { return maps.Clone(st.fw.variables), nil },
-		BootID:    fmt.Sprint(st.boots), Now: func() time.Time { return st.now },
+		Programs: func() (pcr.Release, []pcr.Digest, error) {
+			running, err := releaseOf(valuesOf(st.version))
+			if err != nil {
+				return running, nil, err
+			}
+			on, err := releaseOf(valuesOf(strings.TrimPrefix(st.loaderOnDisk(), "loader ") + ".0.0"))
+			return running, []pcr.Digest{on.Loader.Authenticode}, err
+		},
+		BootID: fmt.Sprint(st.boots), Now: func() time.Time { return st.now },
 	}
 }
 
@@ -388,6 +407,67 @@ func TestUpdatesOfEachPolicy(t *testing.T) {
 					t.Errorf("%d handles left in the TPM", left)
 				}
 			})
+		}
+	}
+}
+
+// TestProgramsOfOthers: what the firmware starts besides the release, before the boot
+// loader (F11), between it and the kernel, or behind, is measured at the next start too,
+// and is not taken for the release.
+func TestProgramsOfOthers(t *testing.T) {
+	for _, secureBoot := range []bool{true, false} {
+		for n := range 4 {
+			if secureBoot && n == 3 {
+				continue
+			}
+			t.Run(fmt.Sprintf("before start %d, Secure Boot %v", n, secureBoot), func(t *testing.T) {
+				policy := seal.PolicyStrict
+				if !secureBoot {
+					policy = seal.PolicyStandard
+				}
+				st := newStation(t, image.SealPolicy{Policy: policy}, secureBoot, "1.1.0", "2.0.0")
+				key := st.s.recoveryKey()
+				st.mustSettle()
+				st.fw.others = map[int]string{n: "remote management agent"}
+				st.start(key+"\n", "recovery")
+				st.mustSettle()
+				for _, version := range []string{"1.1.0", "2.0.0"} { // the second has another boot loader
+					st.apply(version)
+					st.start("", "tpm")
+					if st.version != version {
+						t.Fatalf("%s boots", st.version)
+					}
+					st.good()
+					st.start("", "tpm")
+					st.mustSettle()
+				}
+				want := valuesOf("2.0.0")
+				if got := st.k.notes().Releases["slot a 2.0.0"]; got.LoaderAuthenticode != want.LoaderAuthenticode || got.UKIAuthenticode != want.UKIAuthenticode {
+					t.Errorf("the release that runs is taken for %+v", got)
+				}
+			})
+		}
+	}
+}
+
+// TestAnotherLog: what the log shows is not what lies on the disk. Nothing is predicted
+// of the programs; with Secure Boot the keys still are.
+func TestAnotherLog(t *testing.T) {
+	for _, secureBoot := range []bool{true, false} {
+		st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, secureBoot, "1.1.0")
+		st.k.Programs = func() (pcr.Release, []pcr.Digest, error) {
+			r, err := releaseOf(valuesOf("9.9.9"))
+			return r, []pcr.Digest{r.Loader.Authenticode}, err
+		}
+		st.mustSettle()
+		_, err := st.a.u.Apply(t.Context(), st.a.source(), "test", "1.1.0")
+		if secureBoot == (err != nil) || err != nil && !strings.Contains(err.Error(), "it shows programs") {
+			t.Errorf("Secure Boot %v: %v", secureBoot, err)
+		}
+		st.fw.variables["dbx"] = signatureList("revoked")
+		r, err := st.k.Reseal(ResealOptions{})
+		if err != nil || secureBoot != (len(r.Added) == 1) {
+			t.Errorf("Secure Boot %v: %+v, %v", secureBoot, r, err)
 		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -15,6 +16,7 @@ import (
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/fat32"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
 // loaderPaths are where a firmware may take the boot loader from.
@@ -63,6 +65,77 @@ func bootPrograms(disk *partition.Disk, running partition.Slot) ([]BootProgram, 
 		list = append(list, BootProgram{Name: fmt.Sprintf("release %s in slot %s", e.Version, e.Slot), File: p})
 	}
 	return list, nil
+}
+
+// runningPrograms are what the boot loaders on a disk and the kernel image of the slot
+// that runs are measured as. It reads all of them.
+func runningPrograms(disk *partition.Disk, running partition.Slot) (kernel pcr.Release, loaders []pcr.Digest, err error) {
+	entries, err := disk.Entries()
+	if err != nil {
+		return kernel, nil, err
+	}
+	own := slices.IndexFunc(entries, func(e partition.Entry) bool { return e.Slot == running })
+	if own < 0 {
+		return kernel, nil, fmt.Errorf("no boot entry for slot %s", running)
+	}
+	device, esp, err := disk.Partition(partition.ESPName)
+	if err != nil {
+		return kernel, nil, err
+	}
+	files, err := fat32.Open(device, esp.SizeBytes)
+	if err != nil {
+		return kernel, nil, fmt.Errorf("ESP: %w", err)
+	}
+	for _, path := range loaderPaths() {
+		p, err := openProgram(files, path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		var digest pcr.Digest
+		if err == nil {
+			digest, err = p.Authenticode()
+		}
+		if err != nil {
+			return kernel, nil, err
+		}
+		if !slices.Contains(loaders, digest) {
+			loaders = append(loaders, digest)
+		}
+	}
+	path := strings.TrimPrefix(entries[own].UKI, "/")
+	p, err := openProgram(files, path)
+	if err != nil {
+		return kernel, nil, err
+	}
+	if kernel, err = releaseIn(p); err != nil {
+		return kernel, nil, fmt.Errorf("%s on the ESP: %w", path, err)
+	}
+	return kernel, loaders, nil
+}
+
+// releaseIn is what a kernel image is measured as: itself, the kernel inside where the
+// stub has the firmware start that, and its sections.
+func releaseIn(p *uki.File) (r pcr.Release, err error) {
+	if r.UKI.Authenticode, err = p.Authenticode(); err != nil {
+		return r, err
+	}
+	measured, err := p.Measured()
+	if err != nil {
+		return r, err
+	}
+	r.PCR11 = pcr.UKI(measured)
+	section, err := p.Open(".linux")
+	if err != nil {
+		return r, err
+	}
+	linux, err := uki.Parse(section, section.Size())
+	if err == nil {
+		r.Linux, err = linux.Authenticode()
+	}
+	if err != nil {
+		return r, fmt.Errorf("the kernel inside: %w", err)
+	}
+	return r, nil
 }
 
 func openProgram(files *fat32.FS, path string) (*uki.File, error) {

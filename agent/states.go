@@ -132,31 +132,41 @@ func expectedOf(r pcr.Release) image.Expected {
 	}
 }
 
-// runningOf is what started in the present boot, as its log has it. A release has no
-// reference values of its own inside: they depend on all of it.
-func runningOf(log pcr.Log, secureBoot bool) (r pcr.Release, err error) {
+// runningOf is what started in the present boot: the last of the kernel images in its log
+// that may be the one that runs, and the last of the boot loaders before that. Every other
+// program is somebody else's, wherever it stands.
+func runningOf(log pcr.Log, loaders []pcr.Digest, kernels []pcr.Release) (r pcr.Release, err error) {
 	var apps []pcr.Digest
 	for _, e := range log.Of(4) {
 		if d, ok := e.SHA256(); ok && e.Type == pcr.EventBootServicesApp {
 			apps = append(apps, d)
 		}
 	}
-	// The loader, the kernel image and, unless Secure Boot keeps the stub from starting
-	// it by the firmware, the kernel inside: the last ones. Programs may come before.
-	last := 3
-	if secureBoot {
-		last = 2
+	found := false
+	for i := len(apps) - 1; i >= 0 && !found; i-- {
+		k := slices.IndexFunc(kernels, func(k pcr.Release) bool { return k.UKI.Authenticode == apps[i] })
+		if k < 0 {
+			continue
+		}
+		for j := i - 1; j >= 0 && !found; j-- {
+			if found = slices.Contains(loaders, apps[j]); found {
+				r = kernels[k]
+				r.Loader.Authenticode = apps[j]
+			}
+		}
 	}
-	if len(apps) < last {
-		return r, fmt.Errorf("the firmware's event log shows %d programs that were started, and %d are expected", len(apps), last)
-	}
-	apps = apps[len(apps)-last:]
-	r.Loader.Authenticode, r.UKI.Authenticode = apps[0], apps[1]
-	if !secureBoot {
-		r.Linux = apps[2]
+	if !found {
+		var list []string
+		for _, d := range apps {
+			list = append(list, fmt.Sprintf("%x…", d[:4]))
+		}
+		return r, fmt.Errorf("the firmware's event log has no start of the boot loader and then the kernel image that are on the disk: it shows programs %s",
+			orNone(strings.Join(list, ", ")))
 	}
 	r.Loader.Certificate, r.UKI.Certificate = verifiersOf(log, r)
-	r.PCR11 = log.Replay()[phasePCR] // by the stub, and by nobody else before the initrd
+	if r.PCR11 == (pcr.Digest{}) {
+		r.PCR11 = log.Replay()[phasePCR] // by the stub, and by nobody else before the initrd
+	}
 	return r, nil
 }
 

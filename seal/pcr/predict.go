@@ -107,8 +107,8 @@ func phases() []string {
 //
 // A register is predicted only where the log, unchanged, leads to its present value
 // (F14), and where every record the change touches was found and understood. What it
-// does not understand and what does not change is carried forward: unknown programs
-// started before the boot loader (F11), actions, drivers, separators of any form. One
+// does not understand and what does not change is carried forward: unknown programs (F11),
+// actions, drivers, separators of any form. One
 // register without a value does not spoil the others.
 //
 // PCR 11 needs no log; there the present value must be one that Running gives. So must
@@ -250,7 +250,7 @@ func isProgram(e Event) bool {
 }
 
 // programs puts the next release's programs in the place of the running one's in
-// the records of PCR 4.
+// the records of PCR 4. What else was started, before or behind, stays.
 func (w *prediction) programs(events []Event) ([]Event, error) {
 	running, next := w.change.Running, w.change.Next
 	for _, d := range []Digest{running.Loader.Authenticode, running.UKI.Authenticode, next.Loader.Authenticode, next.UKI.Authenticode} {
@@ -279,15 +279,15 @@ func (w *prediction) programs(events []Event) ([]Event, error) {
 		case !isProgram(e):
 		case isLoader(e):
 			events[i] = measured(e, next.Loader.Authenticode)
-		case isUKI(e) && i == ukiAt:
+		case isUKI(e) && i >= ukiAt:
 			events[i] = measured(e, next.UKI.Authenticode)
 		case isLinux(e) && i > ukiAt:
 			if next.Linux == (Digest{}) {
 				return nil, errors.New("the kernel inside the kernel image is measured, and the next one's digest is not known")
 			}
 			events[i] = measured(e, next.Linux)
-		default:
-			return nil, fmt.Errorf("the log shows a program after the boot loader that is not the running release's: %s", e.Describe())
+		case i > ukiAt && running.Linux == (Digest{}):
+			return nil, fmt.Errorf("a program that started after the kernel image may be the kernel inside, whose digest is not known: %s", e.Describe())
 		}
 	}
 	return events, nil
