@@ -152,21 +152,22 @@ type situation struct {
 	all     map[int]pcr.Digest // registers for the record
 	pin     []byte
 	srk     []byte // name of the TPM's storage key
+	damaged string // as in [Sealer]
 	bond    bond
 	raise   bool // the bond is of an epoch that the counter has not come to
 }
 
 // live says whether the TPM opens by that policy: one under another TPM's storage key
-// does not (F37).
+// does not (F37), nor one whose keyslot is damaged.
 func (s *situation) live(p seal.Policy) bool {
 	digest, err := p.Digest()
-	return err == nil && slices.ContainsFunc(s.tokens, func(t seal.Token) bool { return t.PolicyHash == digest && s.ours(t) })
+	return err == nil && slices.ContainsFunc(s.tokens, func(t seal.Token) bool { return t.PolicyHash == digest && s.ours(t) && sealedID(t) != s.damaged })
 }
 
 func (s *situation) ours(t seal.Token) bool { return t.SRK != nil && bytes.Equal(t.SRK.Name, s.srk) }
 
 func (k *Keeper) look() (s *situation, err error) {
-	s = &situation{notes: k.notes()}
+	s = &situation{notes: k.notes(), damaged: k.Damaged}
 	if s.tokens, _, err = k.inForce(); err != nil {
 		return nil, err
 	}

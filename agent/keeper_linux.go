@@ -92,11 +92,7 @@ func (s *system) newKeeper() (*Keeper, error) {
 		}
 		k.Volumes = append(k.Volumes, Partition{Volume: v, Device: device})
 	}
-	for _, t := range s.initrd.States {
-		if d, err := parseDigest(t.PolicyHash); err == nil && t.Opened {
-			k.Opened = d
-		}
-	}
+	k.found(s.initrd.States)
 	if id, err := os.ReadFile(bootIDPath); err == nil {
 		k.BootID = strings.TrimSpace(string(id))
 	}
@@ -228,7 +224,7 @@ func (s *Status) describe(k *Keeper) {
 		s.Problems = append(s.Problems, fmt.Sprintf("TPM states: %v", err))
 		return
 	}
-	s.setStates(tokens, k.Opened, known)
+	s.setStates(tokens, k.Opened, k.Damaged, known)
 }
 
 // describeHere completes what the initrd left, where no agent runs.

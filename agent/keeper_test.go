@@ -620,6 +620,62 @@ func TestRepair(t *testing.T) {
 	}
 }
 
+// TestRepairKeyslot: the key area of the TPM's keyslot is damaged, on one volume or the
+// other. The TPM gives its secret, which opens nothing; after a start by the recovery key
+// the state is made anew, once.
+func TestRepairKeyslot(t *testing.T) {
+	for n, repair := range []string{"", "", repairManual} {
+		policy := []string{seal.PolicyStandard, seal.PolicyRollbackProof, seal.PolicyStandard}[n]
+		damaged := n % 2 // volume
+		t.Run(fmt.Sprintf("volume %d, %s, repair %q", damaged, policy, repair), func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: policy, Epoch: 1, Repair: repair}, true)
+			key := st.s.recoveryKey()
+			st.mustSettle()
+			before := tokensOn(t, st.box)
+			put(t, st.parts()[damaged].Device, bytes.Repeat([]byte{0xaa}, 512), 32<<10+258048+4096)
+			st.start(key+"\n", "recovery")
+			out := st.s.console.out.String()
+			if !strings.Contains(out, "the TPM gave its key, and the keyslot for it does not open") || strings.Contains(out, "firmware update") {
+				t.Errorf("console: %s", out)
+			}
+			problems := strings.Join(st.s.status.Problems, "\n")
+			if !strings.Contains(problems, "keyslot") || strings.Contains(problems, "TPM refused") {
+				t.Errorf("problems %q", problems)
+			}
+			if s := st.s.status.States; len(s) != 1 || !s[0].Damaged || s[0].Opened {
+				t.Errorf("states %+v", s)
+			}
+			r := st.mustSettle()
+			if repair == repairManual {
+				if len(r.Problems) != 1 || r.Changed() {
+					t.Errorf("settled: %+v", r)
+				}
+				if _, err := st.k.Reseal(ResealOptions{}); err != nil {
+					t.Fatal(err)
+				}
+			} else if r.Repaired == "" || len(r.Added) != 1 || len(r.Dropped) != 1 {
+				t.Errorf("settled: %+v", r)
+			}
+			after := tokensOn(t, st.box)
+			if len(after) != 1 || sameBlob(before[0], after[0]) || after[0].PolicyHash != before[0].PolicyHash {
+				t.Errorf("tokens %+v", after)
+			}
+			if r := st.mustSettle(); r.Changed() {
+				t.Errorf("settled in the same boot: %+v", r)
+			}
+			var status Status
+			status.describe(st.k)
+			if len(status.States) != 1 || status.States[0].Damaged {
+				t.Errorf("states after the repair: %+v", status.States)
+			}
+			st.start("", "tpm")
+			if r := st.mustSettle(); r.Changed() || r.Repaired != "" {
+				t.Errorf("settled at the next start: %+v", r)
+			}
+		})
+	}
+}
+
 // TestRepairImpossible: without a TPM nothing is sealed, and nothing is lost (F52).
 func TestRepairImpossible(t *testing.T) {
 	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
@@ -913,7 +969,7 @@ func TestStatusOfStates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	status.setStates(tokens, st.k.Opened, known)
+	status.setStates(tokens, st.k.Opened, st.k.Damaged, known)
 	if len(status.States) != 2 {
 		t.Fatalf("states: %+v", status.States)
 	}

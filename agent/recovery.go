@@ -91,7 +91,12 @@ func (m *Machine) tryRecovery(vols []*volume, typed string) error {
 // explanation says in plain words what happened and what it may mean.
 func (m *Machine) explanation(cause error) string {
 	var b strings.Builder
-	b.WriteString("The data volumes stay closed: the TPM does not give their key to this boot.\n")
+	var keyslot *keyslotError
+	if errors.As(cause, &keyslot) {
+		b.WriteString("The data volumes stay closed.\n")
+	} else {
+		b.WriteString("The data volumes stay closed: the TPM does not give their key to this boot.\n")
+	}
 	fmt.Fprintf(&b, "  reason: %v\n", cause)
 	if len(m.changes) > 0 {
 		b.WriteString("  changed since the data was sealed:\n")
@@ -100,6 +105,9 @@ func (m *Machine) explanation(cause error) string {
 		fmt.Fprintf(&b, "    %s\n", c)
 	}
 	switch {
+	case keyslot != nil:
+		b.WriteString("  Innocent: the disk has a damaged sector, or its header was restored from a backup.\n" +
+			"  Hostile: somebody put another volume in its place.\n")
 	case errors.Is(cause, seal.ErrNoTPM):
 		b.WriteString("  This box has no TPM that answers: it may be switched off in the firmware settings, or be gone.\n")
 	case errors.Is(cause, seal.ErrWrongTPM):

@@ -45,6 +45,9 @@ type Sealer struct {
 	// Opened is the policy hash of the state that opened this boot, if any: it is the
 	// last one to go where there is little room.
 	Opened pcr.Digest
+	// Damaged is the state whose secret the TPM gave in this boot and whose keyslot did
+	// not open with it, by [StateStatus.Sealed]; it is made anew.
+	Damaged string
 	// PIN is what the person types at boot; nil in policies without one.
 	PIN []byte
 	// Signatures are those of the release that runs: verified now, they need not be at
@@ -118,6 +121,18 @@ func (s *Sealer) locked(wanted []SealState, keep func(string, seal.Token) bool, 
 	}
 	err = y.write()
 	return y.report(), err
+}
+
+// found takes over what the initrd found of the states.
+func (s *Sealer) found(states []StateStatus) {
+	for _, t := range states {
+		if d, err := parseDigest(t.PolicyHash); err == nil && t.Opened {
+			s.Opened = d
+		}
+		if t.Damaged {
+			s.Damaged = t.Sealed
+		}
+	}
 }
 
 // lock keeps other processes, and other calls, out.
@@ -257,9 +272,9 @@ func (y *syncing) compare(wanted []SealState, keep func(string, seal.Token) bool
 }
 
 // whole says whether a state of the first volume can open: it hangs from this TPM's
-// storage key, and the other volumes have it too.
+// storage key, its keyslots are not known to be damaged, and the other volumes have it too.
 func (y *syncing) whole(t seal.Token) bool {
-	if t.SRK == nil || !bytes.Equal(t.SRK.Name, y.srk.Name) {
+	if t.SRK == nil || !bytes.Equal(t.SRK.Name, y.srk.Name) || sealedID(t) == y.Damaged {
 		return false
 	}
 	for _, v := range y.vols[1:] {

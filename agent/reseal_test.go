@@ -20,10 +20,9 @@ import (
 
 // sealer changes the states of a session's open volumes.
 func (s *session) sealer() *Sealer {
-	return &Sealer{
-		Log: s.m.Log, Volumes: s.parts(), Root: s.m.Root,
-		OpenTPM: func() (seal.TPM, error) { return s.tpmLog, s.noTPM }, Opened: s.m.openedHash(),
-	}
+	r := &Sealer{Log: s.m.Log, Volumes: s.parts(), Root: s.m.Root, OpenTPM: func() (seal.TPM, error) { return s.tpmLog, s.noTPM }}
+	r.found(s.status.States)
+	return r
 }
 
 // state is the policy standard with the value that PCR 7 has after another extend

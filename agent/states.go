@@ -209,13 +209,19 @@ type StateStatus struct {
 	For        string `json:"for"`
 	PolicyHash string `json:"policy_hash"`
 	// Opened says that the volumes were opened by this one in this boot.
-	Opened bool     `json:"opened,omitempty"`
-	Rules  []string `json:"rules"` // the whole policy, a line a rule (F5)
+	Opened bool `json:"opened,omitempty"`
+	// Damaged says that the TPM gave the secret of this one in this boot, and that a
+	// volume's keyslot for it is damaged.
+	Damaged bool     `json:"damaged,omitempty"`
+	Rules   []string `json:"rules"` // the whole policy, a line a rule (F5)
+	// Sealed is the SHA-256 of the sealed object: one that is made anew for the same
+	// policy has another.
+	Sealed string `json:"sealed"`
 }
 
 // setStates describes what is in force. known are register values from different
 // moments: tokens have only their hash, so those are shown that lead to it.
-func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[int]pcr.Digest) {
+func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, damaged string, known []map[int]pcr.Digest) {
 	s.States, s.Rules, s.SealedPCRs = nil, nil, nil
 	weak := map[string]bool{}
 	for _, t := range tokens {
@@ -229,7 +235,8 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[i
 				state.Rules[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
 			}
 		}
-		state.Opened = opened == t.PolicyHash
+		state.Opened, state.Sealed = opened == t.PolicyHash, sealedID(t)
+		state.Damaged = damaged == state.Sealed
 		s.States = append(s.States, state)
 		if s.Rules == nil || state.Opened {
 			s.Rules, s.SealedPCRs = state.Rules, t.PCRs
@@ -244,6 +251,12 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, known []map[i
 	if len(tokens) == 0 {
 		s.Problems = append(s.Problems, "no TPM keyslot: only the recovery key opens the data volumes")
 	}
+}
+
+// sealedID tells sealed objects apart.
+func sealedID(t seal.Token) string {
+	sum := sha256.Sum256(slices.Concat(t.Public, t.Private))
+	return hex.EncodeToString(sum[:])
 }
 
 // explained is the token's policy with those of the known values that lead to its hash.

@@ -129,6 +129,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		if t.Opened {
 			opened = ", which opened the data volumes in this boot"
 		}
+		if t.Damaged {
+			opened = ", whose keyslot is damaged on a data volume"
+		}
 		fmt.Fprintf(&b, "state     %s%s\n", orNone(t.For), opened)
 	}
 	if s.Keys != nil {

@@ -83,6 +83,7 @@ type Machine struct {
 	typed   *bufio.Reader // of the console, once
 	changes []string      // which PCRs differ, once the TPM has refused
 	opened  *seal.Token   // the state that the TPM opened
+	damaged *seal.Token   // the state that it opened in vain
 	secret  []byte        // that the TPM gave for it
 	now     map[int]pcr.Digest
 }
@@ -207,7 +208,9 @@ func (m *Machine) unlock(b image.Boot, vols []*volume) error {
 	}
 	passphrase, slot, err := m.unseal(vols[0])
 	if err == nil {
-		err = openWith(vols, passphrase, slot, "tpm")
+		if err = openWith(vols, passphrase, slot, "tpm"); err != nil {
+			m.damaged, err = m.opened, &keyslotError{err}
+		}
 		luks2.Wipe(passphrase)
 	}
 	if errors.Is(err, ErrReboot) || errors.Is(err, ErrPowerOff) {
@@ -341,6 +344,15 @@ func recordOf(h *luks2.Header) *seal.Record {
 	return nil
 }
 
+// keyslotError says that the TPM did its part and a volume does not open all the same.
+type keyslotError struct{ err error }
+
+func (e *keyslotError) Error() string {
+	return fmt.Sprintf("the TPM gave its key, and the keyslot for it does not open: %v", e.err)
+}
+
+func (e *keyslotError) Unwrap() error { return e.err }
+
 // openWith unlocks every volume with one passphrase. slot is the first
 // volume's; each volume finds its own when that does not open.
 func openWith(vols []*volume, passphrase []byte, slot int, method string) error {
@@ -417,9 +429,17 @@ func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 	if record := recordOf(vols[0].header); record != nil {
 		known = append(known, record.PCRs)
 	}
-	s.setStates(tokens, m.openedHash(), known)
+	damaged := ""
+	if m.damaged != nil {
+		damaged = sealedID(*m.damaged)
+	}
+	s.setStates(tokens, m.openedHash(), damaged, known)
 	if vols[0].method == "recovery" {
-		s.Problems = append(s.Problems, "opened with the recovery key, because the TPM refused")
+		why := "opened with the recovery key, because the TPM refused"
+		if m.damaged != nil {
+			why = "opened with the recovery key, because the keyslot for the TPM's key is damaged on a data volume"
+		}
+		s.Problems = append(s.Problems, why)
 		s.Problems = append(s.Problems, m.changes...)
 	}
 }
