@@ -140,6 +140,10 @@ const (
 	maxPauses  = 70 // about one minute in all (F38)
 )
 
+// Patient is t with a command sent again for as long as the TPM asks for that, up to
+// a minute. The functions of this package do so by themselves.
+func Patient(t TPM) TPM { return patient{t} }
+
 // patient sends a command again for as long as the TPM asks for that.
 type patient struct{ TPM }
 

@@ -95,9 +95,9 @@ func (p Prediction) Of(pcrs ...int) (map[int]Digest, error) {
 // Predictable are the registers that [Predict] deals with.
 func Predictable() []int { return []int{0, 2, 4, 7, 11, 12} }
 
-// phases are what systemd and Holdfast extend into PCR 11 one after the other;
+// Phases are what systemd and Holdfast extend into PCR 11 one after the other;
 // systemd 252, systemd-pcrphase.service(8).
-func phases() []string {
+func Phases() []string {
 	return []string{"enter-initrd", "leave-initrd", "sysinit", "ready", "shutdown", "final"}
 }
 
@@ -207,14 +207,14 @@ func (w *prediction) pcr11(now Digest) (Digest, error) {
 		return Digest{}, errors.New("what the kernel image measures is not known")
 	}
 	found := v == now
-	for _, phase := range phases() {
+	for _, phase := range Phases() {
 		v = Extend(v, []byte(phase))
 		found = found || v == now
 	}
 	if !found {
 		return Digest{}, fmt.Errorf("PCR 11 holds %x…, which the running release gives in no boot phase", now[:4])
 	}
-	return Extend(w.change.Next.PCR11, []byte(phases()[0])), nil
+	return Extend(w.change.Next.PCR11, []byte(Phases()[0])), nil
 }
 
 func (w *prediction) pcr12(now Digest) (Digest, error) {

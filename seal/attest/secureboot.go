@@ -1,0 +1,182 @@
+package attest
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/holdfast-os/holdfast/seal/pcr"
+)
+
+// pcr7 is what the records of PCR 7 say.
+type pcr7 struct {
+	variables   map[string][]byte
+	authorities []authority
+	actions     []string
+	// odd are records that cannot be judged.
+	odd []string
+}
+
+// authority is an entry that verified a program.
+type authority struct {
+	variable string
+	entry    pcr.Signature
+	event    pcr.Event
+}
+
+// readPCR7 takes the records apart. What counts is only what was really hashed (F21,
+// F25); a record whose digest is not that of its data proves nothing.
+func readPCR7(events []pcr.Event) pcr7 {
+	s := pcr7{variables: map[string][]byte{}}
+	for _, e := range events {
+		name, data, isVariable := e.Variable()
+		variable, entry, isAuthority := e.Authority()
+		_, twice := s.variables[name]
+		switch {
+		case !e.Trusted():
+			s.odd = append(s.odd, e.Describe()+", which measures something else than it logs")
+		case e.Type == pcr.EventSeparator && (string(e.Data) == "\x00\x00\x00\x00" || string(e.Data) == "\xff\xff\xff\xff"):
+		case e.Type == pcr.EventVariableDriverConfig && isVariable && !twice:
+			s.variables[name] = data
+		case isAuthority:
+			s.authorities = append(s.authorities, authority{variable, entry, e})
+		case e.Type == pcr.EventEFIAction:
+			s.actions = append(s.actions, strings.TrimRight(string(e.Data), "\x00"))
+		default:
+			s.odd = append(s.odd, e.Describe())
+		}
+	}
+	return s
+}
+
+// secureBoot judges PCR 7, in two checks.
+func (w *verification) secureBoot() {
+	if !w.explained[7] {
+		w.unknown(CheckSecureBoot, "the log does not lead to PCR 7")
+		w.unknown(CheckKeys, "the log does not lead to PCR 7")
+		return
+	}
+	s := readPCR7(w.log.Of(7))
+	w.secureBootState(s)
+	w.secureBootKeys(s)
+}
+
+// secureBootState: SecureBoot, PK and the modes together (F26). UEFI 2.10 §32.3.
+func (w *verification) secureBootState(s pcr7) {
+	for _, a := range s.actions {
+		w.fail(CheckSecureBoot, fmt.Sprintf("the firmware has measured %.80q", a), "action in PCR 7",
+			"A debugger may be attached, or protection against DMA is off: who has the hardware has the memory.")
+		return
+	}
+	state, known := s.variables["SecureBoot"]
+	if !known {
+		w.unknown(CheckSecureBoot, "the log has no record of the variable SecureBoot")
+		return
+	}
+	on := len(state) == 1 && state[0] == 1
+	if audit := s.variables["AuditMode"]; len(audit) == 1 && audit[0] == 1 {
+		on = false // everything starts, and is only noted
+	}
+	if len(s.variables["PK"]) == 0 {
+		on = false // setup mode
+	}
+	switch {
+	case !on && w.p.NoSecureBoot:
+		w.pass(CheckSecureBoot, "Secure Boot is off, which is allowed")
+	case !on:
+		w.fail(CheckSecureBoot, "Secure Boot is off, in setup mode or in audit mode", "variables SecureBoot, PK, AuditMode in PCR 7",
+			"The firmware starts what it is given. Innocent: it was never switched on. Hostile: it was switched off to start something else.")
+	default:
+		w.pass(CheckSecureBoot, "Secure Boot is on")
+	}
+}
+
+// secureBootKeys: PK and KEK and db are the vendor's and no others, dbx has at least
+// the vendor's entries, and what verified a program is of the vendor's db.
+func (w *verification) secureBootKeys(s pcr7) {
+	k := w.p.Keys
+	if k == nil {
+		w.unknown(CheckKeys, "no keys are given to compare with")
+		return
+	}
+	if len(s.odd) > 0 {
+		w.unknown(CheckKeys, "PCR 7 has records that cannot be judged: %s", strings.Join(s.odd, "; "))
+		return
+	}
+	has := map[string][]pcr.Signature{}
+	for _, name := range []string{"PK", "KEK", "db", "dbx"} {
+		data, ok := s.variables[name]
+		if !ok {
+			w.unknown(CheckKeys, "the log has no record of the variable %s", name)
+			return
+		}
+		entries, err := pcr.Signatures(data)
+		if err != nil {
+			w.unknown(CheckKeys, "the variable %s: %v", name, err)
+			return
+		}
+		has[name] = entries
+	}
+	for _, v := range []struct {
+		name    string
+		allowed []pcr.Signature
+	}{{"PK", k.pk}, {"KEK", k.kek}, {"db", k.db}} {
+		if extra := without(has[v.name], v.allowed); len(extra) > 0 && len(v.allowed) > 0 {
+			w.fail(CheckKeys, fmt.Sprintf("%s has %d entries that are not the vendor's", v.name, len(extra)), v.name+": "+extra[0].String(),
+				"Innocent: the hardware maker's keys were left in. Hostile: somebody added a key, and what it signs starts.")
+			return
+		}
+	}
+	if missing := without(k.dbx, has["dbx"]); len(missing) > 0 {
+		w.fail(CheckKeys, fmt.Sprintf("dbx lacks %d of the vendor's %d entries", len(missing), len(k.dbx)), "dbx: "+missing[0].String(),
+			"Innocent: the box has not taken the revocations yet. Hostile: they were removed, and what they revoke starts.")
+		return
+	}
+	for _, a := range s.authorities {
+		if a.variable != "db" || !hasData(k.db, a.entry.Data) {
+			w.fail(CheckKeys, "a program was verified by an entry that is not in the vendor's db", a.variable+": "+a.entry.String(), "A program of others was started.")
+			return
+		}
+	}
+	w.pass(CheckKeys, "db has the vendor's keys only, dbx all %d revocations", len(k.dbx))
+}
+
+// without are the entries of list that are not in taken.
+func without(list, taken []pcr.Signature) (rest []pcr.Signature) {
+	const by = 16 // from here on a map is faster
+	if len(list) < by || len(taken) < by {
+		for _, s := range list {
+			if !hasSignature(taken, s) {
+				rest = append(rest, s)
+			}
+		}
+		return rest
+	}
+	known := make(map[string]bool, len(taken))
+	for _, s := range taken {
+		known[string(s.Type[:])+string(s.Data)] = true
+	}
+	for _, s := range list {
+		if !known[string(s.Type[:])+string(s.Data)] {
+			rest = append(rest, s)
+		}
+	}
+	return rest
+}
+
+func hasSignature(list []pcr.Signature, s pcr.Signature) bool {
+	for _, o := range list {
+		if o.Same(s) {
+			return true
+		}
+	}
+	return false
+}
+
+func hasData(list []pcr.Signature, data []byte) bool {
+	for _, o := range list {
+		if string(o.Data) == string(data) {
+			return true
+		}
+	}
+	return false
+}
