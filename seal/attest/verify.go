@@ -395,6 +395,8 @@ func (w *verification) quoted() {
 	values := w.a.values()
 	sum := sha256.Sum256(w.a.Registers)
 	switch {
+	case !w.quote.selects():
+		w.unknown(CheckRegisters, "the quote is not over these registers")
 	case values == nil:
 		w.fail(CheckRegisters, fmt.Sprintf("there are %d bytes of registers", len(w.a.Registers)), "registers", "The answer was damaged or made up.")
 	case !bytes.Equal(sum[:], w.quote.Digest):
