@@ -331,6 +331,7 @@ func (b *box) cutSync(t *testing.T, s *session, next []SealState) {
 						t.Errorf("the next sync: %+v", again)
 					}
 					b.wantStates("new", "new b")
+					b.bootIn("dbx", "", "tpm")
 				}
 			}
 		}

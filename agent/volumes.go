@@ -353,12 +353,13 @@ func (e *keyslotError) Error() string {
 
 func (e *keyslotError) Unwrap() error { return e.err }
 
-// openWith unlocks every volume with one passphrase. slot is the first
-// volume's; each volume finds its own when that does not open.
+// openWith unlocks every volume with one passphrase. slot is the first volume's; after a
+// power cut while states were changed another volume may have it elsewhere, and finds its
+// own.
 func openWith(vols []*volume, passphrase []byte, slot int, method string) error {
 	for _, v := range vols {
 		key, err := v.header.UnlockSlot(v.Device, slot, passphrase)
-		if errors.Is(err, luks2.ErrPassphrase) && v != vols[0] {
+		if err != nil && v != vols[0] {
 			key, _, err = v.header.Unlock(v.Device, passphrase)
 		}
 		if err != nil {
