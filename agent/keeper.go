@@ -150,11 +150,15 @@ type situation struct {
 	entries []partition.Entry
 	now     map[int]pcr.Digest // registers, 11 as it was in the initrd
 	all     map[int]pcr.Digest // registers for the record
+	policy  image.SealPolicy   // with the PIN that the box's owner may have added
 	pin     []byte
-	srk     []byte // name of the TPM's storage key
-	damaged string // as in [Sealer]
-	bond    bond
-	raise   bool // the bond is of an epoch that the counter has not come to
+	renew   bool // the PIN is another one than states were sealed with
+	// completed says that the PIN was changed just now, because a change was cut off.
+	completed bool
+	srk       []byte // name of the TPM's storage key
+	damaged   string // as in [Sealer]
+	bond      bond
+	raise     bool // the bond is of an epoch that the counter has not come to
 }
 
 // live says whether the TPM opens by that policy: one under another TPM's storage key
@@ -179,12 +183,36 @@ func (k *Keeper) look() (s *situation, err error) {
 	if s.entries, err = disk.Entries(); err != nil {
 		return nil, err
 	}
-	if k.Policy.PIN {
-		if s.pin, err = os.ReadFile(filepath.Join(k.folder(), pinFile)); err != nil {
-			return nil, fmt.Errorf("the PIN that states are sealed with: %w", err)
-		}
+	if err := k.readPIN(s); err != nil {
+		return nil, err
 	}
 	return s, k.ask(s)
+}
+
+// begin is look for who is going to change states; until unlock nobody else does. A
+// change of the PIN that was cut off is completed first.
+func (k *Keeper) begin() (s *situation, unlock func(), err error) {
+	if unlock, err = k.lock(); err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			unlock()
+		}
+	}()
+	if s, err = k.look(); err == nil && s.renew && !k.waits(s) {
+		if _, err = k.renewPIN(s); err == nil {
+			k.Log.Info("a change of the PIN that was cut off is completed")
+			s, err = k.look()
+			if s != nil {
+				s.completed = true
+			}
+		}
+	}
+	if err == nil && s.policy.PIN && len(s.pin) == 0 {
+		err = errNoPIN
+	}
+	return s, unlock, err
 }
 
 // ask asks the TPM for its registers, and its counter where the policy has one.
@@ -266,7 +294,7 @@ func (k *Keeper) bootable(s *situation) []string {
 // present are the states of the box as it is: of the release that runs, and of the
 // other one as far as that is known.
 func (k *Keeper) present(s *situation) ([]SealState, error) {
-	p, err := policyOf(k.Policy, k.SecureBoot, s.bond, s.now)
+	p, err := policyOf(s.policy, k.SecureBoot, s.bond, s.now)
 	if err != nil {
 		return nil, err
 	}
@@ -310,7 +338,7 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 		return p, err
 	}
 	if len(bound) == 0 {
-		return policyOf(k.Policy, k.SecureBoot, s.bond, nil)
+		return policyOf(s.policy, k.SecureBoot, s.bond, nil)
 	}
 	log, running, err := k.running(s.notes)
 	if err != nil && (log.Class == pcr.Empty || slices.Contains(bound, 4) || slices.Contains(bound, 11)) {
@@ -328,7 +356,7 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	if err != nil {
 		return p, err
 	}
-	return policyOf(k.Policy, k.SecureBoot, s.bond, values)
+	return policyOf(s.policy, k.SecureBoot, s.bond, values)
 }
 
 // running reads the log and finds what started in this boot: by what is on the disk, and
@@ -405,11 +433,12 @@ func (k *Keeper) sync(s *situation, wanted []SealState, keep func(string, seal.T
 	}
 	record := &seal.Record{Policy: k.Policy.Policy, PCRs: s.all, Release: k.Name + " " + k.Version}
 	sealer := k.Sealer
-	sealer.PIN = s.pin
+	sealer.PIN, sealer.renew = s.pin, s.renew
 	report, err := sealer.locked(wanted, keep, record)
 	if err != nil {
 		return report, err
 	}
+	s.renew = false
 	if report.Changed() {
 		k.Log.Info("TPM states", "added", strings.Join(report.Added, ", "), "dropped", strings.Join(report.Dropped, ", "), "kept", strings.Join(report.Kept, ", "))
 	}
@@ -459,23 +488,22 @@ type Settled struct {
 // good, not on trial. After a boot that the recovery key opened it seals to the present
 // state, unless the spec wants a person to say so.
 func (k *Keeper) Settle() (r Settled, err error) {
-	unlock, err := k.lock()
+	s, unlock, err := k.begin()
 	if err != nil {
 		return r, err
 	}
 	defer unlock()
-	s, err := k.look()
-	if err != nil {
-		return r, err
-	}
 	k.countBoot(s)
 	wanted, err := k.present(s)
 	if err != nil {
 		return r, err
 	}
-	if k.Method == "recovery" && k.Policy.Repair == repairManual && s.notes.Suspended == nil && !s.live(wanted[0].Policy) {
+	if k.waits(s) {
 		r.Problems = append(r.Problems, "the TPM will not open the data volumes at the next start either; if this state of the box is as it should be, run holdfast-agent reseal")
 		return r, nil
+	}
+	if s.completed {
+		r.Problems = append(r.Problems, "a change of the PIN that was cut off has been completed: the new PIN is the one that counts")
 	}
 	k.settlePending(s, wanted)
 	k.noteOwn(s)
@@ -488,6 +516,15 @@ func (k *Keeper) Settle() (r Settled, err error) {
 		r.Repaired = "sealed to the present state, after a start that the recovery key opened; the TPM opens the data volumes again"
 	}
 	return r, nil
+}
+
+// waits says whether it is for a person to seal to the present state.
+func (k *Keeper) waits(s *situation) bool {
+	if k.Method != "recovery" || k.Policy.Repair != repairManual || s.notes.Suspended != nil {
+		return false
+	}
+	p, err := policyOf(s.policy, k.SecureBoot, s.bond, s.now)
+	return err == nil && !s.live(p)
 }
 
 // inForce reads the states that the volumes have now, and the register values by which
@@ -539,7 +576,7 @@ func (k *Keeper) suspendedState(s *situation) []SealState {
 	if s.notes.Suspended == nil {
 		return nil
 	}
-	return []SealState{{For: suspendedName, Policy: relaxed(k.Policy, s.bond)}}
+	return []SealState{{For: suspendedName, Policy: relaxed(s.policy, s.bond)}}
 }
 
 // settlePending forgets a change that has happened, or that does not.
@@ -598,15 +635,11 @@ func (k *Keeper) increment(to seal.Counter) error {
 // where its state is another one than the present. Call it before the slot's boot
 // entry can exist; an error says why the box could not open its data with it.
 func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
-	unlock, err := k.lock()
+	s, unlock, err := k.begin()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	s, err := k.look()
-	if err != nil {
-		return err
-	}
 	wanted, err := k.present(s)
 	if err != nil {
 		return err
@@ -679,15 +712,11 @@ func (k *Keeper) Reseal(o ResealOptions) (SyncReport, error) {
 	if o.Suspend < 0 || o.Suspend > MaxSuspendBoots {
 		return SyncReport{}, fmt.Errorf("suspend protection for %d boots: 1 to %d are possible", o.Suspend, MaxSuspendBoots)
 	}
-	unlock, err := k.lock()
+	s, unlock, err := k.begin()
 	if err != nil {
 		return SyncReport{}, err
 	}
 	defer unlock()
-	s, err := k.look()
-	if err != nil {
-		return SyncReport{}, err
-	}
 	if o.Suspend > 0 {
 		s.notes.Suspended = &suspension{BootsLeft: o.Suspend, Since: k.Now().UTC(), LastBoot: k.BootID}
 	}
@@ -713,15 +742,11 @@ func (k *Keeper) Reseal(o ResealOptions) (SyncReport, error) {
 // boot loader and the kernel images, by the programs' Authenticode digests; nil where
 // no certificate changes. Call it before the variables are written (F9).
 func (k *Keeper) SealChange(variables map[string][]byte, now, next map[pcr.Digest]pcr.Digest) error {
-	unlock, err := k.lock()
+	s, unlock, err := k.begin()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	s, err := k.look()
-	if err != nil {
-		return err
-	}
 	more, err := k.changed(s, firmwareChange{variables, now, next})
 	if err != nil {
 		return err
@@ -750,7 +775,7 @@ func (k *Keeper) changed(s *situation, c firmwareChange) ([]SealState, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := policyOf(k.Policy, k.SecureBoot, s.bond, s.now)
+	now, err := policyOf(s.policy, k.SecureBoot, s.bond, s.now)
 	if err != nil || samePolicy(now, p) {
 		return nil, err
 	}
@@ -792,6 +817,9 @@ func (k *Keeper) NextBoot() ([]string, error) {
 		return nil, err
 	}
 	s, err := k.look()
+	if err == nil && s.policy.PIN && len(s.pin) == 0 {
+		err = errNoPIN
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -800,7 +828,7 @@ func (k *Keeper) NextBoot() ([]string, error) {
 	}
 	next, err := k.predict(s, firmwareChange{variables: variables}, nil)
 	remedy := "if that was meant to be, run holdfast-agent reseal before the next start; if not, somebody tampers with the firmware's keys"
-	switch suspended := relaxed(k.Policy, s.bond); {
+	switch suspended := relaxed(s.policy, s.bond); {
 	case s.live(suspended) && s.notes.Suspended != nil:
 		return nil, nil
 	case err != nil:

@@ -3,9 +3,12 @@ package agent
 import (
 	"bytes"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -72,5 +75,51 @@ func TestResealAPI(t *testing.T) {
 	s.describeStates(&status)
 	if len(status.Problems) != 1 || !strings.Contains(status.Problems[0], "holdfast-agent reseal") {
 		t.Errorf("problems %q", status.Problems)
+	}
+}
+
+// TestPINAPI: the PIN goes in by the body, and none comes out.
+func TestPINAPI(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	var log bytes.Buffer
+	s := &system{log: slog.New(slog.NewTextHandler(&log, nil)), keeper: st.k}
+	ask := func(s *system, method, pin string, code int) string {
+		t.Helper()
+		w := httptest.NewRecorder()
+		s.answerPIN(w, httptest.NewRequest(method, "/v1/pin", strings.NewReader(pin)))
+		if w.Code != code {
+			t.Errorf("%s %q: %d %s, want %d", method, pin, w.Code, w.Body, code)
+		}
+		return w.Body.String()
+	}
+	ask(&system{}, http.MethodPost, "4711", http.StatusConflict)
+	ask(s, http.MethodPost, "12", http.StatusBadRequest)
+	ask(s, http.MethodPost, strings.Repeat("1", maxPINBytes+1), http.StatusBadRequest)
+	if text := ask(s, http.MethodPost, "4711", http.StatusOK); !strings.Contains(text, "slot a 1.0.0") || strings.Contains(text+log.String()+st.s.log.text.String(), "4711") {
+		t.Errorf("answer %s, log %s", text, log.String())
+	}
+	status := st.s.status
+	status.describe(st.k)
+	if rules := strings.Join(status.Rules, "\n"); !strings.Contains(rules, "PIN") {
+		t.Errorf("status says %s", rules)
+	}
+	ask(s, http.MethodDelete, "", http.StatusOK)
+	st.k.Policy.PIN = true
+	ask(s, http.MethodDelete, "", http.StatusConflict)
+}
+
+func TestReadPIN(t *testing.T) {
+	for text, want := range map[string]string{"4711\n": "4711", "4711": "4711", "12\n": "", "": "", "poweroff\n": ""} {
+		path := filepath.Join(t.TempDir(), "in")
+		putFile(t, path, []byte(text))
+		f, err := os.Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pin, err := ReadPIN(f, io.Discard)
+		f.Close()
+		if (err == nil) != (want != "") || err == nil && string(pin) != want {
+			t.Errorf("%q: %q, %v", text, pin, err)
+		}
 	}
 }

@@ -48,8 +48,10 @@ type Sealer struct {
 	// Damaged is the state whose secret the TPM gave in this boot and whose keyslot did
 	// not open with it, by [StateStatus.Sealed]; it is made anew.
 	Damaged string
-	// PIN is what the person types at boot; nil in policies without one.
-	PIN []byte
+	// PIN is what the person types at boot; nil in policies without one. renew says that
+	// what is there was sealed with another one.
+	PIN   []byte
+	renew bool
 	// Signatures are those of the release that runs: verified now, they need not be at
 	// its later boots ([seal.AddTickets]).
 	Signatures seal.Signatures
@@ -272,9 +274,10 @@ func (y *syncing) compare(wanted []SealState, keep func(string, seal.Token) bool
 }
 
 // whole says whether a state of the first volume can open: it hangs from this TPM's
-// storage key, its keyslots are not known to be damaged, and the other volumes have it too.
+// storage key, with the present PIN, its keyslots are not known to be damaged, and the other
+// volumes have it too.
 func (y *syncing) whole(t seal.Token) bool {
-	if t.SRK == nil || !bytes.Equal(t.SRK.Name, y.srk.Name) || sealedID(t) == y.Damaged {
+	if y.renew || t.SRK == nil || !bytes.Equal(t.SRK.Name, y.srk.Name) || sealedID(t) == y.Damaged {
 		return false
 	}
 	for _, v := range y.vols[1:] {

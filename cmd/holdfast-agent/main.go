@@ -38,6 +38,8 @@ const usage = `usage: holdfast-agent VERB
                          to that of its next start: the firmware's keys have changed, or
                          FILE is about to be added to dbx; or, for N starts, to any state
                          of the firmware, before its update
+  pin set|remove         the TPM wants this PIN too, at every start from now on; or none, where
+                         the release does without; the old one opens nothing any more
   update check|apply [PATH] [--version V] [--reboot] [--json]
                          from the spec's repository, or a bundle or repository at PATH
   update status [--json] what waits, what failed and why, the last 50 updates
@@ -114,6 +116,8 @@ func run(args []string) int {
 		err = afterHandOff(ctx, c, changeKeys)
 	case args[0] == "reseal":
 		err = reseal(ctx, c, args[1:])
+	case args[0] == "pin" && len(args) == 2:
+		err = setPIN(ctx, c, args[1])
 	case args[0] == "update" && len(args) > 1:
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "recovery":
@@ -187,6 +191,33 @@ func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
 	if *asJSON {
 		return json.NewEncoder(os.Stdout).Encode(r)
 	}
+	printStates(r)
+	return nil
+}
+
+// setPIN is the verb pin.
+func setPIN(ctx context.Context, c *agent.Client, action string) error {
+	var pin []byte
+	var err error
+	switch action {
+	case "set":
+		pin, err = agent.ReadPIN(os.Stdin, os.Stderr)
+	case "remove":
+	default:
+		return errUsage
+	}
+	if err != nil {
+		return err
+	}
+	r, err := c.SetPIN(ctx, pin)
+	clear(pin)
+	if err == nil {
+		printStates(r)
+	}
+	return err
+}
+
+func printStates(r agent.SyncReport) {
 	for _, list := range []struct {
 		what   string
 		states []string
@@ -195,7 +226,6 @@ func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
 			fmt.Printf("%-8s state %s\n", list.what, s)
 		}
 	}
-	return nil
 }
 
 // updates is the verb update.

@@ -6,6 +6,7 @@
 package sealtest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -178,6 +179,19 @@ func (t *TPM) Clear() {
 	_, err := tpm2.Clear{AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHPlatform, Auth: tpm2.PasswordAuth(nil)}}.Execute(t)
 	if err != nil {
 		t.tb.Fatalf("clear the TPM: %v", err)
+	}
+}
+
+// Forgive sets the count of failed authorizations back: TPM2_DictionaryAttackLockReset
+// (Part 3 §25.2) with the lockout hierarchy's empty password.
+func (t *TPM) Forgive() {
+	t.tb.Helper()
+	rsp, err := t.Send([]byte{
+		0x80, 0x02, 0, 0, 0, 27, 0, 0, 0x01, 0x39, 0x40, 0, 0, 0x0a, // one session, length, code, TPM_RH_LOCKOUT
+		0, 0, 0, 9, 0x40, 0, 0, 0x09, 0, 0, 0, 0, 0, // TPM_RS_PW, no nonce, no attributes, no password
+	})
+	if err != nil || len(rsp) < 10 || !bytes.Equal(rsp[6:10], make([]byte, 4)) {
+		t.tb.Fatalf("reset the TPM's lockout: %x, %v", rsp, err)
 	}
 }
 
