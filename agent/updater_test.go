@@ -127,6 +127,9 @@ type fastPacker struct{}
 func (fastPacker) Pack(ctx context.Context, r repo.RootImage, w io.Writer) error {
 	return deltamake.Pack(ctx, r.Content, r.Verity, w, zstd.SpeedFastest)
 }
+func (fastPacker) Pieces(ctx context.Context, r repo.RootImage, w io.Writer) error {
+	return deltamake.Pieces(ctx, r.Content, r.Verity, w)
+}
 func (fastPacker) Tree(_ context.Context, r repo.RootImage, w io.Writer) error {
 	return deltamake.Tree(r.Content, r.Verity, w)
 }

@@ -113,7 +113,7 @@ type Local struct {
 
 // Rebuild plans how the root image is made of what is there already and of the
 // fewest bytes of the source: its patch from the old root, where it has one, or else
-// its pack. The Open of the result, with a context, is what [Candidate.Contents]
+// its pack and pieces. The Open of the result, with a context, is what [Candidate.Contents]
 // wants. It fetches the tree and an index.
 func (c *Candidate) Rebuild(ctx context.Context, l Local) (*delta.Rebuild, error) {
 	blob := func(role, from string) delta.Blob {
@@ -126,7 +126,7 @@ func (c *Candidate) Rebuild(ctx context.Context, l Local) (*delta.Rebuild, error
 		}}
 	}
 	o := delta.Options{
-		Verity: c.Release.Manifest.Verity, Tree: blob(RoleTree, ""), Pack: blob(RolePack, ""),
+		Verity: c.Release.Manifest.Verity, Tree: blob(RoleTree, ""), Pack: blob(RolePack, ""), Pieces: blob(RolePieces, ""),
 		Old: l.Old, OldVerity: l.OldVerity, Target: l.Target,
 	}
 	if l.Old != nil {

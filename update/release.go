@@ -13,8 +13,9 @@ import (
 // Roles of blobs. A release has one blob of each but for patches, of which it has
 // at most one from each older root.
 const (
-	RolePack   = "root-pack" // the whole root, compressed
-	RoleTree   = "root-tree" // its dm-verity tree
+	RolePack   = "root-pack"   // the whole root, compressed
+	RoleTree   = "root-tree"   // its dm-verity tree
+	RolePieces = "root-pieces" // the root again, in small pieces; may be left out
 	RoleUKI    = "uki"
 	RoleLoader = "loader"
 	RolePatch  = "patch" // from the root with hash From to this one

@@ -22,6 +22,11 @@ func (p packer) Pack(ctx context.Context, root repo.RootImage, w io.Writer) erro
 	return deltamake.Pack(ctx, p.watch("compress root", root), root.Verity, w, zstd.SpeedBetterCompression)
 }
 
+// Pieces implements [repo.Packer].
+func (p packer) Pieces(ctx context.Context, root repo.RootImage, w io.Writer) error {
+	return deltamake.Pieces(ctx, p.watch("compress pieces of root", root), root.Verity, w)
+}
+
 // Tree implements [repo.Packer].
 func (p packer) Tree(_ context.Context, root repo.RootImage, w io.Writer) error {
 	return deltamake.Tree(root.Content, root.Verity, w)

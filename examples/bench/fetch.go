@@ -175,6 +175,9 @@ func rebuildRoot(args []string) (err error) {
 		defer old.Close()
 		o.Old, o.OldVerity = old, v
 	}
+	if way != "pack" {
+		o.Pieces = local(repo, now, update.RolePieces, "")
+	}
 	if way == "patch" {
 		o.Patch = local(repo, now, update.RolePatch, v.RootHash)
 	}

@@ -2,28 +2,39 @@
 // bytes as possible.
 //
 // A root image is DataBlocks blocks of EROFS, then the dm-verity superblock and tree
-// (package image/verity). A vendor publishes three kinds of blob, which package deltamake
+// (package image/verity). A vendor publishes four kinds of blob, which package deltamake
 // (folder make) writes:
 //
 //   - the tree: superblock and hash tree verbatim;
-//   - the pack: all of the data as independent zstd frames with a seek table, the
-//     zstd seekable format, so that zstd -d unpacks it;
+//   - the pack: all of the data as independent zstd frames of up to 1 MiB with a seek
+//     table, the zstd seekable format, so that zstd -d unpacks it;
+//   - the pieces: the same again as frames of two blocks, for places where little has
+//     changed, and an index with five bytes of every block's hash;
 //   - patches: the blocks that one older root does not have, as zstd frames whose
 //     dictionaries are ranges of that root, and what makes the new tree of the old one.
 //
-// [New] gets the tree and decides for every data block where it comes from: the
+// [New] comes by the tree and decides for every data block where it comes from: the
 // slot to be written, if it is there already (a power cut, an earlier attempt); the
-// running slot, at whatever place, found by its hash; or a frame of a patch or of
-// the pack. It reports what that costs and fetches no content. [Rebuild.Open] then
-// streams the image in order. Whatever does not have its hash, or cannot be read or
-// fetched, is taken from the pack instead.
+// running slot, at whatever place, found by its hash; or a frame of a patch, or of
+// the pack or the pieces, whichever is less for each frame of the pack. It reports what
+// that costs and fetches no content. [Rebuild.Open] then streams the image in order.
+// Whatever does not have its hash, or cannot be read or fetched, is taken from the pieces
+// or the pack instead.
 //
-// Every block is checked against the tree, and the tree against the root hash,
-// before it is handed out, so blobs, servers and slots need no trust: they can make
-// an update fail, not make it wrong. The root hash must come from a signed place.
+// What is verified when: the root hash must come from a signed place. New ends with
+// a complete tree that has this root hash, or with an error. The tree is the target's, or
+// is made of the running slot's tree, which is checked in the same way, and a patch; or
+// of that tree, the index of the pieces and ranges of the tree blob; or is the whole tree
+// blob. The first of these that leads to the root hash is taken, so an index with
+// wrong or ambiguous hashes, or such a patch, costs its bytes and nothing else. The
+// stream hands out no block before it has hashed it and found its hash in that tree. So
+// blobs, servers and slots need no trust: they can make an update fail or cost more, not
+// make it wrong.
+//
 // Memory is bounded by named limits: the trees (1/127 of the images, the old one only
-// while planning), 17 bytes a block while planning and 5 later, and less than 20 MiB of
-// buffers. That is below 64 MB for roots of 2.5 GiB; 6 GiB is the most that is accepted.
+// while planning), 23 bytes a block while planning and at most 14 later, and less than 20
+// MiB of buffers. That is below 64 MB for roots of 2.5 GiB; 6 GiB is the most that is
+// accepted.
 //
 // Only one salt for all releases of a product makes old blocks findable.
 package delta
@@ -57,8 +68,8 @@ const (
 	maxCompressed = maxFrameBytes + maxFrameBytes/256 + 64 // what zstd makes of noise
 	maxTreeBytes  = 48 << 20
 	// packIndexRatio is less than the blocks there are to a frame, which in a Debian root
-	// of 250 MB are 15.6, so that one request gets all of the index.
-	packIndexRatio = 12
+	// of 370 MB are 220, so that one request gets all of the index.
+	packIndexRatio = 128
 )
 
 // Fetcher reads a range of a blob. The reader gives at least length bytes; more are
@@ -79,6 +90,8 @@ const (
 	SourcePatch Source = "patch"
 	SourceIndex Source = "index"
 	SourcePack  Source = "pack"
+
+	sourcePieces Source = "pieces blob" // in errors; stats do not tell it from the pack
 )
 
 // Options say what to rebuild and what there is to do it with.
@@ -89,6 +102,9 @@ type Options struct {
 	Tree Blob
 	// Pack may be missing if there is a patch, but then nothing can be repaired.
 	Pack Blob
+	// Pieces, with Tree, spare a device with an old slot most of the tree and, where little
+	// has changed, most of the pack. It may be missing.
+	Pieces Blob
 	// Patch is used if it fits; leave it out to see what it costs without.
 	Patch Blob
 	// Old is the running slot, of which OldVerity was booted. It may be nil.
@@ -106,8 +122,9 @@ type Stats struct {
 	BytesToFetch int64
 	// BytesCopied and BytesInPlace are bytes of data from the old slot and already in the target.
 	BytesCopied, BytesInPlace int64
-	// OldUnused and PatchUnused tell why one that was offered is not used.
-	OldUnused, PatchUnused error
+	// OldUnused and PatchUnused tell why one that was offered is not used, and
+	// PiecesUnused why the pieces, or only their short hashes, are not.
+	OldUnused, PatchUnused, PiecesUnused error
 }
 
 // Rebuild is a settled plan. Its methods may be called from several goroutines.
@@ -116,12 +133,14 @@ type Rebuild struct {
 	tree    *Tree
 	copyOf  []uint32 // old block of each new block, or noBlock
 	inPlace []bool
-	from    *frames // of the patch or of the pack; nil if nothing is missing
+	from    *supply // nil if nothing is missing
 	stats   Stats
 	fetched atomic.Int64
 
-	packOnce sync.Mutex
-	pack     *frames
+	packOnce  sync.Mutex // for what follows
+	pack      *frames
+	pieces    *frames
+	piecesErr error // there is no use in asking again
 }
 
 // noBlock stands for a block that the old image does not have.
@@ -161,6 +180,9 @@ func New(ctx context.Context, o Options) (*Rebuild, error) {
 	if err := p.choose(ctx); err != nil {
 		return nil, fmt.Errorf("rebuild root: %w", err)
 	}
+	if r.piecesErr != nil && o.Pieces.Fetch != nil {
+		r.stats.PiecesUnused = r.piecesErr
+	}
 	return r, nil
 }
 
@@ -197,7 +219,7 @@ func (r *Rebuild) readOld() (*Tree, error) {
 }
 
 // loadTree takes the tree from the target if it is complete there, makes it with the
-// patch if that fits, and fetches it otherwise.
+// patch or the short hashes if they lead to the root hash, and fetches it otherwise.
 func (p *planner) loadTree(ctx context.Context) error {
 	v := p.o.Verity
 	dataBytes := v.DataBlocks * BlockSize
@@ -216,8 +238,17 @@ func (p *planner) loadTree(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if p.old != nil && p.o.Pieces.Fetch != nil {
+		if p.tree, err = p.treeFromIndex(ctx); err == nil {
+			return nil
+		}
+		p.stats.PiecesUnused = err
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+	}
 	if p.tree, err = p.fetchTree(ctx, v.TotalBytes-dataBytes); err != nil {
-		return errors.Join(fmt.Errorf("fetch tree: %w", err), p.stats.PatchUnused)
+		return errors.Join(fmt.Errorf("fetch tree: %w", err), p.stats.PatchUnused, p.stats.PiecesUnused)
 	}
 	return nil
 }
@@ -295,38 +326,40 @@ func (p *planner) choose(ctx context.Context) (err error) {
 		return nil
 	}
 	if p.loadPatch(ctx); p.patch != nil {
-		if r.from, r.stats.PatchUnused = p.patchFrames(); r.stats.PatchUnused == nil {
+		var patch *frames
+		if patch, r.stats.PatchUnused = p.patchFrames(); r.stats.PatchUnused == nil {
 			index := r.stats.Source
-			r.stats.Source, r.stats.BytesToFetch = SourcePatch, r.from.need(r.patchNeeds())
+			r.from, r.stats.Source = newSupply(SourcePatch, patch.need(r.patchNeeds())), SourcePatch
+			r.stats.BytesToFetch = r.from.bytes
 			return p.preferPack(ctx, index, missing)
 		}
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	pack, err := r.loadPack(ctx)
-	if err != nil {
+	if r.from, err = r.supply(ctx, 0, lost{}); err != nil {
 		return fmt.Errorf("%d blocks are missing: %w", missing, errors.Join(err, r.stats.PatchUnused))
 	}
-	r.from, r.stats.BytesToFetch = pack.wanting(r.missingFrom(0))
+	r.stats.BytesToFetch = r.from.bytes
 	return nil
 }
 
 // preferPack replaces the patch by the pack where that takes fewer bytes. A frame of a
 // patch holds up to 1 MiB, so after a power cut it may be a lot for the few blocks that
-// are missing still. To ask costs the pack's index.
+// are missing still. To ask costs the indexes.
 func (p *planner) preferPack(ctx context.Context, index Source, missing int64) error {
 	r := p.Rebuild
-	if cost := r.stats.BytesToFetch; cost < missing*BlockSize/4 || cost < 4*r.packIndexBytes() || r.o.Pack.Fetch == nil {
+	asking := r.packIndexBytes() + pieceSizesBytes(r.tree.blocks)
+	if cost := r.stats.BytesToFetch; cost < missing*BlockSize/4 || cost < 4*asking || r.o.Pack.Fetch == nil {
 		return nil
 	}
-	pack, err := r.loadPack(ctx)
+	from, err := r.supply(ctx, 0, lost{})
 	if err != nil {
 		return ctx.Err() // the patch serves
 	}
-	if from, bytes := pack.wanting(r.missingFrom(0)); bytes < r.stats.BytesToFetch {
-		r.stats.PatchUnused = fmt.Errorf("the patch takes %d bytes, the pack %d", r.stats.BytesToFetch, bytes)
-		r.from, r.stats.Source, r.stats.BytesToFetch = from, index, bytes
+	if from.bytes < r.stats.BytesToFetch {
+		r.stats.PatchUnused = fmt.Errorf("the patch takes %d bytes, the pack %d", r.stats.BytesToFetch, from.bytes)
+		r.from, r.stats.Source, r.stats.BytesToFetch = from, index, from.bytes
 	}
 	return nil
 }

@@ -64,9 +64,9 @@ func files(t testing.TB, m map[string][]byte) *tree.Node {
 
 // release is a root image with its description and blobs.
 type release struct {
-	v          image.Verity
-	root       []byte
-	tree, pack []byte
+	v                  image.Verity
+	root               []byte
+	tree, pack, pieces []byte
 }
 
 func build(t testing.TB, root *tree.Node, salt string) (rel release) {
@@ -75,7 +75,7 @@ func build(t testing.TB, root *tree.Node, salt string) (rel release) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var out, packed, top bytes.Buffer
+	var out, packed, top, pieces bytes.Buffer
 	if _, err := erofs.Write(io.MultiWriter(&out, w), root, erofs.Options{}); err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,10 @@ func build(t testing.TB, root *tree.Node, salt string) (rel release) {
 	if err := deltamake.Pack(context.Background(), bytes.NewReader(rel.root), rel.v, &packed, 0); err != nil {
 		t.Fatal(err)
 	}
-	rel.tree, rel.pack = top.Bytes(), packed.Bytes()
+	if err := deltamake.Pieces(context.Background(), bytes.NewReader(rel.root), rel.v, &pieces); err != nil {
+		t.Fatal(err)
+	}
+	rel.tree, rel.pack, rel.pieces = top.Bytes(), packed.Bytes(), pieces.Bytes()
 	return rel
 }
 
@@ -167,6 +170,13 @@ func (s *server) options(is release, patch []byte) delta.Options {
 	return o
 }
 
+// all are the options with pieces.
+func (s *server) all(is release, patch []byte) delta.Options {
+	o := s.options(is, patch)
+	o.Pieces = s.blob("pieces", is.pieces)
+	return o
+}
+
 func rebuild(ctx context.Context, o delta.Options) ([]byte, delta.Stats, error) {
 	r, err := delta.New(ctx, o)
 	if err != nil {
@@ -203,17 +213,20 @@ func TestSources(t *testing.T) {
 	}{
 		{delta.SourcePatch, func(o *delta.Options) { o.Old, o.OldVerity = old, was.v }, 0.12},
 		{delta.SourcePatch, func(o *delta.Options) { o.Old, o.OldVerity, o.Pack, o.Tree = old, was.v, delta.Blob{}, delta.Blob{} }, 0.12},
-		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch = old, was.v, delta.Blob{} }, 0.60},
+		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch = old, was.v, delta.Blob{} }, 0.57},
+		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch, o.Pack = old, was.v, delta.Blob{}, delta.Blob{} }, 0.85},
+		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch, o.Pieces = old, was.v, delta.Blob{}, delta.Blob{} }, 0.85},
+		{delta.SourcePack, func(o *delta.Options) { o.Pack = delta.Blob{} }, 2.1},
 		{delta.SourcePack, func(o *delta.Options) {}, 1.05},
 	} {
 		for _, target := range [][]byte{nil, text(77, len(is.root)), was.root, {}} {
 			var s server
-			o := s.options(is, patch)
+			o := s.all(is, patch)
 			if c.change(&o); target != nil {
 				o.Target = bytes.NewReader(target)
 			}
 			stats := mustRebuild(t, o, is)
-			got := s.bytes("tree") + s.bytes("pack") + s.bytes("patch")
+			got := s.bytes("tree") + s.bytes("pieces") + s.bytes("pack") + s.bytes("patch")
 			if stats.Source != c.source || float64(got) > c.limit*float64(len(is.pack)) {
 				t.Errorf("source %s, not %s, or too much fetched: %d of %d bytes", stats.Source, c.source, got, len(is.pack))
 			}
@@ -229,7 +242,7 @@ func TestSources(t *testing.T) {
 func TestTwice(t *testing.T) {
 	was, is, patch := pair(t)
 	var s server
-	o := s.options(is, patch)
+	o := s.all(is, patch)
 	o.Old, o.OldVerity = bytes.NewReader(was.root), was.v
 	r, err := delta.New(t.Context(), o)
 	if err != nil {
@@ -283,7 +296,7 @@ func TestOldSlotDamaged(t *testing.T) {
 	for name, old := range map[string]io.ReaderAt{"flipped": bytes.NewReader(flipped), "unreadable": broken{whole, 300_000}} {
 		for _, p := range [][]byte{patch, nil} {
 			var s server
-			o := s.options(is, p)
+			o := s.all(is, p)
 			o.Old, o.OldVerity = old, was.v
 			if name == "unreadable" { // but for the tree
 				o.Old = split{old, whole, was.v.DataBlocks * 4096}
@@ -298,7 +311,7 @@ func TestOldSlotDamaged(t *testing.T) {
 			if p == nil {
 				continue
 			}
-			o.Pack = delta.Blob{}
+			o.Pack, o.Pieces = delta.Blob{}, delta.Blob{}
 			if _, _, err := rebuild(t.Context(), o); err == nil || !strings.Contains(err.Error(), "rebuild block") {
 				t.Errorf("%s, without a pack: %v", name, err)
 			}
@@ -351,7 +364,7 @@ func TestPatchUnused(t *testing.T) {
 	same := build(t, files(t, map[string][]byte{"/a": text(1, 400_000)}), "salt")
 	for name, p := range map[string][]byte{"from another": makePatch(t, same, is), "to another": makePatch(t, was, same), "no patch": is.pack, "short": patch[:50]} {
 		var s server
-		o := s.options(is, p)
+		o := s.all(is, p)
 		o.Old, o.OldVerity = bytes.NewReader(was.root), was.v
 		if stats := mustRebuild(t, o, is); stats.Source != delta.SourceIndex || stats.PatchUnused == nil {
 			t.Errorf("%s: source %s, %v", name, stats.Source, stats.PatchUnused)
@@ -380,7 +393,7 @@ func TestResume(t *testing.T) {
 			target := text(5, len(is.root)) // and what was written of it
 			copy(target, is.root[:written])
 			var s server
-			o := s.options(is, p)
+			o := s.all(is, p)
 			o.Old, o.OldVerity, o.Target = bytes.NewReader(was.root), was.v, bytes.NewReader(target)
 			stats := mustRebuild(t, o, is)
 			if stats.BytesInPlace != min(written, is.v.DataBlocks*4096)/4096*4096 || stats.BytesToFetch > before {
@@ -400,7 +413,7 @@ func TestResume(t *testing.T) {
 			}
 		}
 		var s server
-		o := s.options(is, p)
+		o := s.all(is, p)
 		o.Target = bytes.NewReader(is.root)
 		if mustRebuild(t, o, is); len(s.ranges) != 0 {
 			t.Errorf("with everything in place, fetched %v", s.ranges)
@@ -414,10 +427,10 @@ func seekTableSize(pack []byte) int {
 }
 
 // TestFlippedBits changes one byte in each of many places of each blob: what comes out
-// is right or an error. What is wrong with a patch is always made good by tree and pack.
+// is right or an error. What is wrong with patch or pieces is always made good by tree and pack.
 func TestFlippedBits(t *testing.T) {
 	was, is, patch := pair(t)
-	blobs := map[string][]byte{"tree": is.tree, "pack": is.pack, "patch": patch}
+	blobs := map[string][]byte{"tree": is.tree, "pack": is.pack, "patch": patch, "pieces": is.pieces}
 	failed := map[string]int{}
 	for name, b := range blobs {
 		places := []int{0, 1, 8, 20, 50, 75, 80, 84, 88, 92, 100, len(b) - 1, len(b) - 5, len(b) - 6, len(b) - 9, len(b) - 12, len(b) - 20}
@@ -437,6 +450,8 @@ func TestFlippedBits(t *testing.T) {
 				o.Tree = s.blob(name, bad)
 			case "pack":
 				o.Pack = s.blob(name, bad)
+			case "pieces":
+				o.Pieces = s.blob(name, bad)
 			case "patch":
 				o.Patch = s.blob(name, bad)
 			}
@@ -452,8 +467,8 @@ func TestFlippedBits(t *testing.T) {
 			}
 		}
 	}
-	if failed["patch"] != 0 || failed["tree"] == 0 || failed["pack"] == 0 {
-		t.Errorf("failures: %v; a patch must be made good, tree and pack cannot", failed)
+	if failed["patch"]+failed["pieces"] != 0 || failed["tree"] == 0 || failed["pack"] == 0 {
+		t.Errorf("failures: %v; patch and pieces must be made good, tree and pack cannot", failed)
 	}
 }
 
@@ -522,7 +537,7 @@ func brokenOff(good delta.Fetcher, dead int64) delta.Fetcher {
 		return struct {
 			io.Reader
 			io.Closer
-		}{io.LimitReader(b, min(n/2+100_000, dead-off)), b}, nil
+		}{io.LimitReader(b, min(n/2+400_000, dead-off)), b}, nil
 	}
 }
 
@@ -538,7 +553,7 @@ func TestBrokenOff(t *testing.T) {
 			o.Patch.Fetch = brokenOff(o.Patch.Fetch, o.Patch.SizeBytes)
 		}
 		mustRebuild(t, o, is)
-		if n := len(s.ranges["pack"]) + len(s.ranges["patch"]); n < 4 {
+		if n := len(s.ranges["pack"]) + len(s.ranges["patch"]); n < 3 {
 			t.Errorf("only %d requests: nothing broke off", n)
 		}
 	}
@@ -552,7 +567,7 @@ func TestChangedOnTheWay(t *testing.T) {
 		var s server
 		var mu sync.Mutex
 		changed := 0
-		o := s.options(is, p)
+		o := s.all(is, p)
 		o.Old, o.OldVerity = bytes.NewReader(was.root), was.v
 		once := func(good delta.Fetcher, indexAt int64) delta.Fetcher {
 			end := int64(0) // of what was changed
@@ -618,13 +633,13 @@ func TestFewMissing(t *testing.T) {
 	target := bytes.Clone(is.root)
 	clear(target[is.v.DataBlocks*4096-20_000:])
 	var s server
-	o := s.options(is, patch)
+	o := s.all(is, patch)
 	o.Old, o.OldVerity, o.Target = bytes.NewReader(was.root), was.v, bytes.NewReader(target)
 	if stats := mustRebuild(t, o, is); stats.Source == delta.SourcePatch || stats.PatchUnused == nil {
 		t.Errorf("source %s to fetch %d bytes", stats.Source, stats.BytesToFetch)
 	}
-	if got := s.bytes("pack"); got > 100_000 {
-		t.Errorf("%d bytes of the pack fetched for 5 blocks", got)
+	if got := s.bytes("pack") + s.bytes("pieces"); got > 100_000 {
+		t.Errorf("%d bytes of pack and pieces fetched for 5 blocks", got)
 	}
 }
 
@@ -769,8 +784,9 @@ func TestMemory(t *testing.T) {
 	old, ov := onDisk(t, stripes{3200, func(int) bool { return false }})
 	img, v := onDisk(t, stripes{3200, func(i int) bool { return i%16 == 0 }})
 	o := delta.Options{Verity: v,
-		Tree: blobFile(t, func(w io.Writer) error { return deltamake.Tree(img, v, w) }),
-		Pack: blobFile(t, func(w io.Writer) error { return deltamake.Pack(t.Context(), img, v, w, 0) }),
+		Tree:   blobFile(t, func(w io.Writer) error { return deltamake.Tree(img, v, w) }),
+		Pieces: blobFile(t, func(w io.Writer) error { return deltamake.Pieces(t.Context(), img, v, w) }),
+		Pack:   blobFile(t, func(w io.Writer) error { return deltamake.Pack(t.Context(), img, v, w, 0) }),
 	}
 	patch := blobFile(t, func(w io.Writer) error { return deltamake.Patch(t.Context(), old, ov, img, v, w) })
 	for _, want := range []delta.Source{delta.SourcePatch, delta.SourceIndex, delta.SourcePack} {

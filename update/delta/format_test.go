@@ -15,6 +15,7 @@ import (
 func TestStructSizes(t *testing.T) {
 	for name, c := range map[string]struct{ got, want int }{
 		"superblock":  {binary.Size(superblock{}), BlockSize},
+		"pieceFooter": {binary.Size(pieceFooter{}), pieceFooterBytes},
 		"patchHeader": {binary.Size(patchHeader{}), patchHeaderBytes},
 	} {
 		if c.got != c.want {
@@ -173,6 +174,53 @@ func FuzzSeekTable(f *testing.F) {
 			t.Errorf("%x became %x", b, again)
 		}
 	})
+}
+
+// FuzzPieceIndex: what is accepted is written back the same.
+func FuzzPieceIndex(f *testing.F) {
+	p := PieceIndex{Root: [32]byte{7}, Sizes: []uint16{1, 8288}, DataBlocks: 3}
+	f.Add(p.Encode(), int64(3))
+	p.Short = noise(1, 3*ShortBytes)
+	f.Add(p.Encode(), int64(3))
+	f.Fuzz(func(t *testing.T, b []byte, blocks int64) {
+		p, err := DecodePieceIndex(b, blocks)
+		if err != nil {
+			return
+		}
+		if again := p.Encode(); !bytes.Equal(again, b) {
+			t.Errorf("%x became %x", b, again)
+		}
+	})
+}
+
+// TestHashRanges: all hashes that are wanted are in a range, and there are never many.
+func TestHashRanges(t *testing.T) {
+	for _, every := range []int{1, 3, 17, 40, 1000, 90_000} {
+		from := make([]uint32, 60_000)
+		for i := range from {
+			if i%every == every/2 {
+				from[i] = noBlock
+			}
+		}
+		list := hashRanges(from)
+		covered := make([]bool, len(from))
+		for _, s := range list {
+			for i := s.First; i < s.First+s.Blocks; i++ {
+				covered[i] = true
+			}
+			if from[s.First] != noBlock || from[s.First+s.Blocks-1] != noBlock {
+				t.Errorf("every %d: range %v is longer than it has to be", every, s)
+			}
+		}
+		for i, b := range from {
+			if b == noBlock && !covered[i] {
+				t.Errorf("every %d: block %d is in no range", every, i)
+			}
+		}
+		if len(list) > maxHashRanges {
+			t.Errorf("every %d: %d ranges", every, len(list))
+		}
+	}
 }
 
 // TestRefusedIndexes are indexes made to cost memory or to lead astray.

@@ -20,13 +20,13 @@ const (
 	prefetched = 3
 )
 
-// frames are those of one blob, numbered by the blocks they hold: a pack's by their
-// place in the image, a patch's by counting.
+// frames are those of one blob, numbered by the blocks they hold: a pack's and the
+// pieces by their place in the image, a patch's by counting.
 type frames struct {
 	blob   Blob
 	source Source
 	all    []frame
-	needed []int // indices into all, ascending
+	pieces *pieceTable // instead of all
 }
 
 type frame struct {
@@ -68,43 +68,49 @@ func (p PatchIndex) frames(blob Blob, offset, oldBlocks int64) (*frames, error) 
 
 // find is the index of the frame that holds a block.
 func (f *frames) find(number uint32) int {
+	if f.pieces != nil {
+		return int(number / PieceBlocks)
+	}
 	return sort.Search(len(f.all), func(i int) bool { return f.all[i].first > number }) - 1
 }
 
-// wanting is f for other blocks, and what fetching them takes.
-func (f *frames) wanting(blocks iter.Seq[uint32]) (*frames, int64) {
-	g := *f
-	g.needed = nil
-	bytes := g.need(blocks)
-	return &g, bytes
+func (f *frames) at(i int) frame {
+	if f.pieces != nil {
+		return f.pieces.at(i)
+	}
+	return f.all[i]
 }
 
-// need notes the frames of the given blocks, which ascend, and counts the bytes that
-// fetching them takes.
-func (f *frames) need(blocks iter.Seq[uint32]) (bytes int64) {
+// need gives the frames of the given blocks, which ascend.
+func (f *frames) need(blocks iter.Seq[uint32]) (list []want) {
 	end := uint32(0)
 	for b := range blocks {
 		if b < end {
 			continue
 		}
 		i := f.find(b)
-		f.needed = append(f.needed, i)
-		end = f.all[i].first + f.all[i].Blocks
+		list = append(list, want{f, uint32(i)})
+		x := f.at(i)
+		end = x.first + x.Blocks
 	}
-	for rest := f.needed; len(rest) > 0; {
-		n, length := f.request(rest)
-		bytes += length
-		rest = rest[n:]
-	}
-	return bytes
+	return list
 }
 
+// want is a frame to be fetched.
+type want struct {
+	of *frames
+	i  uint32
+}
+
+func (w want) frame() frame { return w.of.at(int(w.i)) }
+
 // request says how many of the wanted frames one range holds and how long it is.
-func (f *frames) request(wanted []int) (n int, length int64) {
-	from := f.all[wanted[0]].offset
-	for _, i := range wanted {
-		start, end := f.all[i].offset, f.all[i].offset+int64(f.all[i].SizeBytes)
-		if n > 0 && (start-from-length > maxGap || end-from > maxRequest) {
+func request(wanted []want) (n int, length int64) {
+	from := wanted[0].frame().offset
+	for _, w := range wanted {
+		x := w.frame()
+		start, end := x.offset, x.offset+int64(x.SizeBytes)
+		if n > 0 && (w.of != wanted[0].of || start-from-length > maxGap || end-from > maxRequest) {
 			break
 		}
 		n, length = n+1, end-from
@@ -112,17 +118,127 @@ func (f *frames) request(wanted []int) (n int, length int64) {
 	return n, length
 }
 
+// supply is all that is to be fetched, in the order of the image.
+type supply struct {
+	source Source // patch or pack, which says how blocks are numbered
+	list   []want
+	bytes  int64
+}
+
+func newSupply(source Source, list []want) *supply {
+	s := &supply{source: source, list: list}
+	for rest := list; len(rest) > 0; {
+		n, length := request(rest)
+		s.bytes += length
+		rest = rest[n:]
+	}
+	return s
+}
+
+// lost are blobs that could not be had, so that the other one has to do.
+type lost struct{ pack, pieces bool }
+
+// supply covers the blocks that are missing from first on, by the pack and, if they are
+// worth their index, the pieces. One of them is enough.
+func (r *Rebuild) supply(ctx context.Context, first int64, without lost) (*supply, error) {
+	var pack *frames
+	var whole *supply
+	err := errors.New("the pack could not be had")
+	if !without.pack {
+		if pack, err = r.loadPack(ctx); err == nil {
+			whole = newSupply(SourcePack, pack.need(r.missingFrom(first)))
+		}
+	}
+	if without.pieces || r.o.Pieces.Fetch == nil || err == nil && !r.worthPieces(whole.bytes, first) {
+		return whole, err
+	}
+	pieces, err2 := r.loadPieces(ctx)
+	switch {
+	case err2 != nil && err != nil:
+		return nil, errors.Join(err, err2)
+	case err2 != nil:
+		return whole, ctx.Err()
+	case err != nil:
+		return newSupply(SourcePack, pieces.need(r.missingFrom(first))), ctx.Err()
+	}
+	mixed := newSupply(SourcePack, cover(pack, pieces, r.missingFrom(first)))
+	if mixed.bytes < whole.bytes {
+		return mixed, nil
+	}
+	return whole, nil
+}
+
+// worthPieces says whether the sizes of the pieces are there or likely to save more than they take.
+func (r *Rebuild) worthPieces(packBytes, first int64) bool {
+	r.packOnce.Lock()
+	loaded := r.pieces != nil
+	r.packOnce.Unlock()
+	missing := int64(0)
+	for range r.missingFrom(first) {
+		missing++
+	}
+	return loaded || packBytes > 4*pieceSizesBytes(r.tree.blocks) && missing < r.tree.blocks/4*3
+}
+
+// rangeCost is about what a request takes besides its content, in bytes.
+const rangeCost = 512
+
+// cover takes each frame of the pack with blocks that are needed, or the pieces with
+// these blocks, whichever is less.
+func cover(pack, pieces *frames, blocks iter.Seq[uint32]) (list []want) {
+	var group []want // the pieces that are needed in the pack's frame i
+	i, frameEnd, pieceEnd := -1, uint32(0), uint32(0)
+	flush := func() {
+		cost, end := int64(0), int64(-1)
+		for _, w := range group {
+			x := w.frame()
+			if gap := x.offset - end; end >= 0 && gap <= maxGap {
+				cost += gap
+			} else {
+				cost += rangeCost
+			}
+			cost, end = cost+int64(x.SizeBytes), x.offset+int64(x.SizeBytes)
+		}
+		switch n := len(list); {
+		case len(group) == 0:
+		case cost >= int64(pack.at(i).SizeBytes)+rangeCost:
+			list = append(list, want{pack, uint32(i)})
+		case n > 0 && list[n-1] == group[0]: // it lies in two frames
+			list = append(list, group[1:]...)
+		default:
+			list = append(list, group...)
+		}
+		group, pieceEnd = group[:0], 0
+	}
+	for b := range blocks {
+		if b >= frameEnd {
+			flush()
+			i = pack.find(b)
+			x := pack.at(i)
+			frameEnd = x.first + x.Blocks
+		}
+		if b >= pieceEnd {
+			k := pieces.find(b)
+			group = append(group, want{pieces, uint32(k)})
+			pieceEnd = uint32(k+1) * PieceBlocks
+		}
+	}
+	flush()
+	return list
+}
+
 // packed is a frame as it was fetched. After an error nothing follows.
 type packed struct {
+	of    *frames
 	frame *frame
 	data  []byte
 	err   error
 }
 
-// fetcher gets the needed frames of one blob.
+// fetcher gets the frames that are wanted.
 type fetcher struct {
 	r    *Rebuild
-	from *frames
+	from *supply
 	out  chan packed
 	free chan []byte // buffers that the decoder is done with
 }
@@ -132,8 +248,8 @@ type fetcher struct {
 func (f fetcher) run(ctx context.Context) {
 	defer close(f.out)
 	failed := 0 // how often in a row without a frame
-	for rest := f.from.needed; len(rest) > 0; {
-		n, length := f.from.request(rest)
+	for rest := f.from.list; len(rest) > 0; {
+		n, length := request(rest)
 		got, err := f.get(ctx, rest[:n], length)
 		rest = rest[got:]
 		if got > 0 {
@@ -143,7 +259,7 @@ func (f fetcher) run(ctx context.Context) {
 			continue
 		}
 		if failed++; failed == 2 || ctx.Err() != nil {
-			f.send(ctx, packed{err: err})
+			f.send(ctx, packed{of: rest[0].of, err: err})
 			return
 		}
 	}
@@ -160,21 +276,21 @@ func (f fetcher) send(ctx context.Context, p packed) bool {
 }
 
 // get sends the wanted frames, which are in one range, and says how many it has sent.
-func (f fetcher) get(ctx context.Context, wanted []int, length int64) (sent int, err error) {
-	at := f.from.all[wanted[0]].offset
+func (f fetcher) get(ctx context.Context, wanted []want, length int64) (sent int, err error) {
+	of, at := wanted[0].of, wanted[0].frame().offset
 	defer func(from int64) {
 		if err != nil {
-			err = fmt.Errorf("fetch bytes %d to %d of the %s, broken off at %d: %w", from, from+length, f.from.source, at, err)
+			err = fmt.Errorf("fetch bytes %d to %d of the %s, broken off at %d: %w", from, from+length, of.source, at, err)
 		}
 	}(at)
-	body, err := f.r.open(ctx, f.from.blob, at, length)
+	body, err := f.r.open(ctx, of.blob, at, length)
 	if err != nil {
 		return 0, err
 	}
 	// Reading went well or its error is told; that closing fails changes nothing.
 	defer func() { _ = body.Close() }()
-	for _, i := range wanted {
-		x := &f.from.all[i]
+	for _, w := range wanted {
+		x := w.frame()
 		if _, err := io.CopyN(io.Discard, body, x.offset-at); err != nil {
 			return sent, err
 		}
@@ -191,7 +307,7 @@ func (f fetcher) get(ctx context.Context, wanted []int, length int64) (sent int,
 			return sent, err
 		}
 		at += int64(x.SizeBytes)
-		if !f.send(ctx, packed{frame: x, data: buf}) {
+		if !f.send(ctx, packed{of: of, frame: &x, data: buf}) {
 			return sent, ctx.Err()
 		}
 		sent++
@@ -213,24 +329,28 @@ type stream struct {
 	tail    bool   // the tree has been handed out
 	err     error
 
-	from  *frames // what is fetched: r.from, until a patch is given up
+	from  *supply // what is fetched: r.from, until a blob is given up
 	fetch fetcher
+	lost  lost
 
 	plain, withDict decoder
 	dict            []byte
 	current         *frame
+	currentOf       *frames
 	content         []byte // of current; empty if it could not be unpacked
 	broken          error  // why
 
-	repaired *frame
-	spare    []byte // content of repaired
+	repaired want
+	spare    []byte // content of repaired, if that is of a blob
+	// repairFrame is the pack's frame of the last repair, repairs how many blocks of it were.
+	repairFrame, repairs int
 }
 
 // Open starts a stream of the whole image, TotalBytes of it, in order. Reading it
 // gives only bytes that are right; an error names the block and where it should have
 // come from. A range that breaks off, or brings wrong bytes, is fetched once more; a
-// patch that then still cannot be had is replaced by the pack. The stream must be
-// closed, and ends with the context.
+// patch that then still cannot be had is replaced by pack and pieces, and one of these
+// by the other. The stream must be closed, and ends with the context.
 func (r *Rebuild) Open(ctx context.Context) (io.ReadCloser, error) {
 	plain, err := newDecoder(maxFrameBytes)
 	if err != nil {
@@ -249,7 +369,7 @@ func (r *Rebuild) Open(ctx context.Context) (io.ReadCloser, error) {
 }
 
 // start begins to fetch what is needed of a blob.
-func (s *stream) start(from *frames) {
+func (s *stream) start(from *supply) {
 	s.from, s.current = from, nil
 	s.fetch = fetcher{s.r, from, make(chan packed, prefetched), make(chan []byte, prefetched+1)}
 	for range cap(s.fetch.free) {
@@ -258,17 +378,18 @@ func (s *stream) start(from *frames) {
 	go s.fetch.run(s.ctx)
 }
 
-// leavePatch goes on with the pack from block i on, because the patch cannot be had.
-func (s *stream) leavePatch(i int64, cause error) error {
-	if s.from.source != SourcePatch || s.ctx.Err() != nil {
+// leave goes on without a blob from block i on, because it cannot be had.
+func (s *stream) leave(i int64, of *frames, cause error) error {
+	s.lost.pack = s.lost.pack || of.source == SourcePack
+	s.lost.pieces = s.lost.pieces || of.source == sourcePieces
+	if s.lost.pack && s.lost.pieces || s.ctx.Err() != nil {
 		return cause
 	}
-	pack, err := s.r.loadPack(s.ctx)
+	from, err := s.r.supply(s.ctx, i, s.lost)
 	if err != nil {
 		return errors.Join(cause, err)
 	}
-	own, _ := pack.wanting(s.r.missingFrom(i))
-	s.start(own)
+	s.start(from)
 	return nil
 }
 
@@ -394,11 +515,11 @@ func (s *stream) loadFrame(i int64, into []byte) error {
 		case !ok:
 			return errors.Join(fmt.Errorf("rebuild block %d: the %s has no frame for it", i, s.from.source), s.ctx.Err())
 		case p.err != nil:
-			if err := s.leavePatch(i, p.err); err != nil {
+			if err := s.leave(i, p.of, p.err); err != nil {
 				return fmt.Errorf("rebuild block %d: %w", i, err)
 			}
 		default:
-			s.current = p.frame
+			s.current, s.currentOf = p.frame, p.of
 			s.content, s.broken = s.unpack(p.frame, p.data, s.content)
 			s.fetch.free <- p.data
 		}
@@ -455,35 +576,57 @@ func (s *stream) repair(i int64, block []byte) error {
 			}
 		}
 	case r.copyOf[i] == noBlock:
-		where = fmt.Sprintf("the frame at byte %d of the %s", s.current.offset, s.from.source)
+		where = fmt.Sprintf("the frame at byte %d of the %s", s.current.offset, s.currentOf.source)
 		if s.broken != nil {
 			where += fmt.Sprintf(" (%v)", s.broken)
 		}
 	}
-	if err := s.fromPack(i, block); err != nil {
+	if err := s.refetch(i, block); err != nil {
 		return fmt.Errorf("rebuild block %d: it is not in %s as it should be, and cannot be had from the pack: %w", i, where, err)
 	}
 	return nil
 }
 
-// fromPack fetches the one frame of the pack that holds block i, unless it was the
-// last one so fetched.
-func (s *stream) fromPack(i int64, block []byte) error {
+// maxRepairs of blocks in one frame of the pack are made with pieces, before the frame
+// is fetched: a damaged place may be large, and each piece is a request.
+const maxRepairs = 8
+
+// refetch takes block i from a piece, or from the pack if there are no pieces, if theirs
+// is not right, or if too many would be needed.
+func (s *stream) refetch(i int64, block []byte) error {
 	pack, err := s.r.loadPack(s.ctx)
+	if err == nil {
+		if k := pack.find(uint32(i)); k != s.repairFrame {
+			s.repairFrame, s.repairs = k, 0
+		}
+		s.repairs++
+	}
+	if err != nil || s.repairs <= maxRepairs {
+		if pieces, err := s.r.loadPieces(s.ctx); err == nil && s.fromBlob(pieces, i, block) == nil {
+			return nil
+		}
+	}
 	if err != nil {
 		return err
 	}
-	f := &pack.all[pack.find(uint32(i))]
-	if s.repaired != f {
-		s.repaired = nil
-		data, err := s.r.read(s.ctx, pack.blob, f.offset, int64(f.SizeBytes))
+	return s.fromBlob(pack, i, block)
+}
+
+// fromBlob fetches the one frame that holds block i, unless it was the last one so
+// fetched.
+func (s *stream) fromBlob(of *frames, i int64, block []byte) error {
+	w := want{of, uint32(of.find(uint32(i)))}
+	f := w.frame()
+	if s.repaired != w {
+		s.repaired = want{}
+		data, err := s.r.read(s.ctx, of.blob, f.offset, int64(f.SizeBytes))
 		if err != nil {
 			return err
 		}
-		if s.spare, err = s.unpack(f, data, s.spare); err != nil {
+		if s.spare, err = s.unpack(&f, data, s.spare); err != nil {
 			return fmt.Errorf("frame at byte %d: %w: the blob is damaged, was swapped, or is of another release", f.offset, err)
 		}
-		s.repaired = f
+		s.repaired = w
 	}
 	copy(block, s.spare[(uint32(i)-f.first)*BlockSize:])
 	if !s.hash.valid(i, block) {

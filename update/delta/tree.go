@@ -136,9 +136,9 @@ func ReadTree(r io.Reader, v image.Verity) (*Tree, error) {
 	return t, nil
 }
 
-// treeFromRuns makes the tree that v describes from an old one and the hashes of the
-// blocks that are new, and checks it against the root hash.
-func treeFromRuns(old *Tree, runs []Run, fresh []byte, v image.Verity) (*Tree, error) {
+// newTree is the tree that v describes, without its hashes. Its leaves have room for
+// whole blocks, in the tree's own bytes.
+func newTree(v image.Verity) (*Tree, error) {
 	size, err := treeBytes(v)
 	if err != nil {
 		return nil, err
@@ -147,18 +147,20 @@ func treeFromRuns(old *Tree, runs []Run, fresh []byte, v image.Verity) (*Tree, e
 	if err != nil {
 		return nil, err
 	}
-	// Behind the superblock the levels lie top first, so they are made from the end.
 	t := &Tree{bytes: make([]byte, size), salt: salt, root: root, blocks: v.DataBlocks}
 	copy(t.bytes, super)
-	end, counts := size, levels(v.DataBlocks)
-	leaves := make([]byte, 0, sha256.Size) // a single block's hash is the root hash
-	if len(counts) > 0 {
-		leaves = t.bytes[size-counts[0]*BlockSize : size-counts[0]*BlockSize]
+	t.leaves = make([]byte, v.DataBlocks*sha256.Size) // a single block's hash is the root hash
+	if counts := levels(v.DataBlocks); len(counts) > 0 {
+		t.leaves = t.bytes[size-counts[0]*BlockSize:][:len(t.leaves)]
 	}
-	if t.leaves, err = appendLeaves(leaves, old, runs, fresh, v.DataBlocks); err != nil {
-		return nil, fmt.Errorf("tree from a patch: %w", err)
-	}
-	h := hasher{Hash: sha256.New(), salt: salt}
+	return t, nil
+}
+
+// complete makes the levels above the leaves and checks what they lead to.
+func (t *Tree) complete() error {
+	// Behind the superblock the levels lie top first, so they are made from the end.
+	end, counts := int64(len(t.bytes)), levels(t.blocks)
+	h := hasher{Hash: sha256.New(), salt: t.salt}
 	top := t.leaves
 	for i, n := range counts {
 		top = make([]byte, 0, n*sha256.Size)
@@ -169,8 +171,24 @@ func treeFromRuns(old *Tree, runs []Run, fresh []byte, v image.Verity) (*Tree, e
 			copy(t.bytes[end-counts[i+1]*BlockSize:], top)
 		}
 	}
-	if !bytes.Equal(top, root[:]) {
-		return nil, fmt.Errorf("tree from a patch: its root hash is not %x: the patch is damaged", root)
+	if !bytes.Equal(top, t.root[:]) {
+		return fmt.Errorf("its root hash is not %x", t.root)
+	}
+	return nil
+}
+
+// treeFromRuns makes the tree that v describes from an old one and the hashes of the
+// blocks that are new, and checks it against the root hash.
+func treeFromRuns(old *Tree, runs []Run, fresh []byte, v image.Verity) (*Tree, error) {
+	t, err := newTree(v)
+	if err != nil {
+		return nil, err
+	}
+	if t.leaves, err = appendLeaves(t.leaves[:0], old, runs, fresh, v.DataBlocks); err != nil {
+		return nil, fmt.Errorf("tree from a patch: %w", err)
+	}
+	if err := t.complete(); err != nil {
+		return nil, fmt.Errorf("tree from a patch: %w: the patch is damaged", err)
 	}
 	return t, nil
 }
@@ -251,8 +269,10 @@ func keyOf(leaf []byte, block uint32) key {
 	return key{binary.BigEndian.Uint32(leaf), binary.BigEndian.Uint32(leaf[4:]), block}
 }
 
+func (k key) hash() uint64 { return uint64(k.high)<<32 | uint64(k.low) }
+
 func (k key) compare(l key) int {
-	a, b := uint64(k.high)<<32|uint64(k.low), uint64(l.high)<<32|uint64(l.low)
+	a, b := k.hash(), l.hash()
 	switch {
 	case a < b:
 		return -1
@@ -262,20 +282,26 @@ func (k key) compare(l key) int {
 	return 0
 }
 
-// Match gives for every block of to the number of an equal block of from, or 1<<32-1.
-// Of several it takes the one behind the block before, so that runs stay together.
-func Match(from, to *Tree) []uint32 {
-	index := make([]key, from.blocks)
+// keys are the blocks of a tree in the order of their hashes and then of their numbers,
+// because the order of equal keys decides which block is taken.
+func (t *Tree) keys() []key {
+	index := make([]key, t.blocks)
 	for i := range index {
-		index[i] = keyOf(from.leaf(int64(i)), uint32(i))
+		index[i] = keyOf(t.leaf(int64(i)), uint32(i))
 	}
-	// The order of equal keys decides which block is taken; the block number settles it.
 	slices.SortFunc(index, func(a, b key) int {
 		if c := a.compare(b); c != 0 {
 			return c
 		}
 		return int(int64(a.block) - int64(b.block))
 	})
+	return index
+}
+
+// Match gives for every block of to the number of an equal block of from, or 1<<32-1.
+// Of several it takes the one behind the block before, so that runs stay together.
+func Match(from, to *Tree) []uint32 {
+	index := from.keys()
 	found := make([]uint32, to.blocks)
 	next := int64(0) // the block of from behind the last one found
 	for i := range found {

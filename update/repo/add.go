@@ -32,6 +32,8 @@ type RootImage struct {
 type Packer interface {
 	// Pack writes the whole root, compressed.
 	Pack(ctx context.Context, root RootImage, w io.Writer) error
+	// Pieces writes the whole root again for devices that need little of it; see package delta.
+	Pieces(ctx context.Context, root RootImage, w io.Writer) error
 	// Tree writes the dm-verity tree as devices fetch it.
 	Tree(ctx context.Context, root RootImage, w io.Writer) error
 	// Patch writes what makes the root to out of the root from.
@@ -169,7 +171,7 @@ func checkFile(f io.ReaderAt, want image.File) error {
 	return nil
 }
 
-// addBlobs writes UKI, loader, pack and tree.
+// addBlobs writes UKI, loader, pack, pieces and tree.
 func (r *Repo) addBlobs(ctx context.Context, folder string, rel *update.Release, root RootImage, p Packer) error {
 	makers := []struct {
 		role  string
@@ -177,6 +179,7 @@ func (r *Repo) addBlobs(ctx context.Context, folder string, rel *update.Release,
 	}{
 		{update.RolePack, func(w io.Writer) error { return p.Pack(ctx, root, w) }},
 		{update.RoleTree, func(w io.Writer) error { return p.Tree(ctx, root, w) }},
+		{update.RolePieces, func(w io.Writer) error { return p.Pieces(ctx, root, w) }},
 		{update.RoleUKI, func(w io.Writer) error { return copyFile(w, folder, image.UKIName, rel.Manifest.UKI) }},
 		{update.RoleLoader, func(w io.Writer) error { return copyFile(w, folder, image.LoaderName, rel.Manifest.Loader) }},
 	}

@@ -123,6 +123,8 @@ func bundled(rel *update.Release, from []string) []update.Blob {
 			if !pack {
 				continue
 			}
+		case update.RolePieces: // all of it is there, and nothing is fetched
+			continue
 		case update.RolePatch:
 			if !slices.Contains(from, b.From) {
 				continue

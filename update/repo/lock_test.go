@@ -76,6 +76,9 @@ func (h heldPacker) Pack(ctx context.Context, root RootImage, w io.Writer) error
 	return err
 }
 
+func (heldPacker) Pieces(ctx context.Context, root RootImage, w io.Writer) error {
+	return zstdPacker{}.Pieces(ctx, root, w)
+}
 func (heldPacker) Tree(ctx context.Context, root RootImage, w io.Writer) error {
 	return zstdPacker{}.Tree(ctx, root, w)
 }

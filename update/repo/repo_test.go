@@ -46,6 +46,11 @@ func (zstdPacker) Pack(_ context.Context, root RootImage, w io.Writer) error {
 	return errors.Join(err, z.Close())
 }
 
+func (zstdPacker) Pieces(_ context.Context, root RootImage, w io.Writer) error {
+	_, err := fmt.Fprintf(w, "pieces of %s", root.Verity.RootHash)
+	return err
+}
+
 func (zstdPacker) Tree(_ context.Context, root RootImage, w io.Writer) error {
 	_, err := io.Copy(w, io.NewSectionReader(root.Content, root.Verity.DataBlocks*4096, root.Verity.TotalBytes-root.Verity.DataBlocks*4096))
 	return err
@@ -184,7 +189,7 @@ func TestRoundTrip(t *testing.T) {
 	root := rootJSON(t, r)
 	first := add(t, r, "1.0.0", AddOptions{})
 	rel := add(t, r, "1.1.0", AddOptions{KeepDeltas: 3, Epoch: 2, Hardware: []string{"box-*"}})
-	if _, ok := rel.Blob(update.RolePatch, first.Manifest.Verity.RootHash); !ok || len(rel.Blobs) != 5 {
+	if _, ok := rel.Blob(update.RolePatch, first.Manifest.Verity.RootHash); !ok || len(rel.Blobs) != 6 {
 		t.Fatalf("blobs %+v", rel.Blobs)
 	}
 	server := httptest.NewServer(http.FileServer(http.Dir(dir)))
@@ -212,6 +217,9 @@ func TestRoundTrip(t *testing.T) {
 			store := t.TempDir()
 			a, err := check(t, root, store, s, now, d)
 			c := mustFind(t, a, err, "1.1.0")
+			if pieces, ok := c.Release.Blob(update.RolePieces, ""); !ok || c.Has(pieces) == (name == "bundle") {
+				t.Errorf("pieces: listed %v, there %v", ok, c.Has(pieces))
+			}
 			for _, b := range c.Release.Blobs {
 				if c.Has(b) {
 					compareBlob(t, c, b, dir)

@@ -1,5 +1,5 @@
 // Package deltamake writes the blobs from which package delta rebuilds a root image on the
-// device: [Tree], [Pack] and, for each older root worth it, [Patch].
+// device: [Tree], [Pack], [Pieces] and, for each older root worth it, [Patch].
 //
 // The input is always a whole root image, as package image/build leaves it: EROFS,
 // then the dm-verity superblock and tree. Every block is checked against the tree as

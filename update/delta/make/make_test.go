@@ -78,7 +78,7 @@ func sample2() map[string][]byte {
 	return files
 }
 
-// TestZstd: the zstd tool, and the library's stream, unpack a pack as a plain file.
+// TestZstd: the zstd tool, and the library's stream, unpack a pack as a plain file, and pieces too.
 func TestZstd(t *testing.T) {
 	if _, err := exec.LookPath("zstd"); err != nil {
 		t.Fatalf("zstd is not installed: apt-get install zstd")
@@ -99,6 +99,16 @@ func TestZstd(t *testing.T) {
 	}
 	if out, err := exec.Command("zstd", "-tq", name).CombinedOutput(); err != nil {
 		t.Errorf("zstd -t: %v: %s", err, out)
+	}
+	var pieces bytes.Buffer
+	if err := Pieces(t.Context(), bytes.NewReader(root), v, &pieces); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, pieces.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := exec.Command("zstd", "-dc", name).Output(); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("zstd -dc of the pieces: %d bytes instead of %d, or others: %v", len(got), len(want), err)
 	}
 	d, err := zstd.NewReader(&pack)
 	if err != nil {
@@ -126,6 +136,9 @@ func TestDeterministic(t *testing.T) {
 			t.Error("the tree blob is not the tree")
 		}
 		if err := Pack(t.Context(), bytes.NewReader(root2), v2, &all, 0); err != nil {
+			t.Fatal(err)
+		}
+		if err := Pieces(t.Context(), bytes.NewReader(root2), v2, &all); err != nil {
 			t.Fatal(err)
 		}
 		if err := Patch(t.Context(), bytes.NewReader(root1), v1, bytes.NewReader(root2), v2, &all); err != nil {
@@ -170,6 +183,9 @@ func TestRefused(t *testing.T) {
 	} {
 		if err := Pack(t.Context(), bad, v, io.Discard, 0); err == nil {
 			t.Errorf("pack, %s: made", name)
+		}
+		if err := Pieces(t.Context(), bad, v, io.Discard); err == nil {
+			t.Errorf("pieces, %s: made", name)
 		}
 		if err := Tree(bad, v, io.Discard); err == nil && name != "data damaged" {
 			t.Errorf("tree, %s: made", name)

@@ -11,10 +11,11 @@ import (
 	"github.com/holdfast-os/holdfast/update/delta"
 )
 
-// targetBlocks is the size of a frame where files do not decide otherwise: 64 KiB.
-// Of a root of 340 MB, 128 KiB made the pack 2.3 % smaller and what a device without a
-// patch fetches 9 % larger.
-const targetBlocks = 16
+// targetBlocks is the size of a frame where files do not decide otherwise. Of a Debian
+// root of 370 MB, frames of 16, 64 and 256 blocks made packs of 118.6, 112.9 and 107.6 MB.
+// With large ones alone a device without a patch would fetch 30 % more, but it has the
+// pieces where less than a frame has changed.
+const targetBlocks = delta.MaxFrameBlocks - delta.MinFrameBlocks
 
 // Pack writes the pack blob of a root image: frames in the order of the blocks, cut at
 // the borders of files where they have a useful size, and the seek table. A level of 0
