@@ -134,7 +134,7 @@ func TestCollision(t *testing.T) {
 	}{
 		"the old one has one, the new one the other": {with(5, text(9, 4096), a), with(6, b, text(8, 4096)), true},
 		"the old one has both":                       {with(5, a, b), with(6, b, text(8, 4096), a), false},
-		"the new one has both":                       {with(5, a), with(6, b, text(8, 4096), a), true},
+		"the new one has both":                       {with(5, a, text(9, 4096), text(7, 4096)), with(6, b, text(8, 4096), a), true},
 	} {
 		var s server
 		o := s.all(c.is, nil)

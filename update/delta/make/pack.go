@@ -79,9 +79,9 @@ func cut(extents []extent) []extent {
 			finish()
 		}
 		for left := e.blocks; left > 0; {
-			// A piece is a target's worth, or all that is left if a second would be small.
-			n := min(left, targetBlocks)
-			if left < targetBlocks+delta.MinFrameBlocks {
+			// A frame is filled up to the target, or takes all that is left if little would be.
+			n := min(left, targetBlocks-cur.blocks)
+			if left-n < delta.MinFrameBlocks {
 				n = left
 			}
 			cur.blocks += n
