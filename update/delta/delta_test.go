@@ -387,6 +387,7 @@ func TestResume(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	_, pieces := index(t, is)
 	for _, p := range [][]byte{patch, nil} {
 		before := int64(1 << 60)
 		for written := int64(0); written <= is.v.TotalBytes; written += is.v.TotalBytes/23/512*512 + 512 {
@@ -409,6 +410,15 @@ func TestResume(t *testing.T) {
 			for _, r := range s.ranges["pack"] {
 				if r[0] < offset {
 					t.Errorf("after %d bytes: pack fetched from byte %d, what is missing begins at %d", written, r[0], offset)
+				}
+			}
+			offset = 0
+			for _, n := range pieces.Sizes[:min(written/4096, is.v.DataBlocks)/delta.PieceBlocks] {
+				offset += int64(n)
+			}
+			for _, r := range s.ranges["pieces"] {
+				if r[0] < offset {
+					t.Errorf("after %d bytes: pieces fetched from byte %d, what is missing begins at %d", written, r[0], offset)
 				}
 			}
 		}

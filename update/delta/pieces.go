@@ -188,7 +188,7 @@ func (r *Rebuild) loadPieces(ctx context.Context) (*frames, error) {
 const (
 	// maxHashRanges is how many there are at most, because each waits for an answer.
 	maxHashRanges = 160
-	minHashGap    = 16 // blocks
+	minHashGap    = 64 // blocks
 )
 
 // treeFromIndex makes the new tree of the old one's hashes, where the short hashes say

@@ -39,9 +39,9 @@ func inner(t *testing.T, was, is release) (list []int) {
 	}
 	match := delta.Match(from, to)
 	seen := map[string]bool{}
-	for i := 20; i+20 < len(match); i++ {
+	for i := 65; i+65 < len(match); i++ {
 		leaf := string(to.Leaf(int64(i)))
-		if !slices.Contains(match[i-20:i+20], 1<<32-1) && !seen[leaf] {
+		if !slices.Contains(match[i-65:i+65], 1<<32-1) && !seen[leaf] {
 			seen[leaf] = true
 			list = append(list, i)
 		}

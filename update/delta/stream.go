@@ -14,8 +14,11 @@ const (
 	batchBlocks = 64 // checked and handed out at a time
 	// maxRequest bounds one range request, so that a broken connection loses little.
 	maxRequest = 8 << 20
-	// maxGap is fetched and thrown away rather than making another request for what is behind it.
-	maxGap = 4 << 10
+	// maxGap is fetched and thrown away rather than making another request for what is behind
+	// it. For three updates of a Debian root of 364 MB, 4 KiB (and 512 bytes as rangeCost)
+	// take 240, 170 and 740 requests and 3.2, 15.4 and 26.0 MB; this takes 120, 140 and 500
+	// for 3.7, 15.5 and 27.0 MB; 32 KiB takes 30, 80 and 270 for 5.0, 16.0 and 30.3 MB.
+	maxGap = 8 << 10
 	// prefetched frames wait for the decoder.
 	prefetched = 3
 )
@@ -181,7 +184,7 @@ func (r *Rebuild) worthPieces(packBytes, first int64) bool {
 }
 
 // rangeCost is about what a request takes besides its content, in bytes.
-const rangeCost = 512
+const rangeCost = 4 << 10
 
 // cover takes each frame of the pack with blocks that are needed, or the pieces with
 // these blocks, whichever is less.
