@@ -25,7 +25,8 @@ func sha1TPM(t testing.TB) *sealtest.TPM {
 
 // TestTPMRefuses changes the box between two boots in each way that must close
 // the volumes. Each time the prompt says why, the TPM gives nothing out, the
-// end of input ends the boot, and the recovery key still opens everything.
+// end of input ends the boot, and the recovery key still opens everything (F36);
+// the status says that it was used (F56).
 func TestTPMRefuses(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -145,7 +146,7 @@ func flipSecret(t *testing.T, h *luks2.Header, id int, raw json.RawMessage) {
 	}
 }
 
-// TestDoorIsClosed: once the initrd has left, no key can be had in this boot,
+// TestDoorIsClosed: once the initrd has left, no key can be had in this boot (F47),
 // and what PCR 15 got is a MAC that only who knows the volume keys can make.
 func TestDoorIsClosed(t *testing.T) {
 	b := newBox(t, 1)
@@ -576,7 +577,7 @@ func TestRecoveryOfOneOfTwo(t *testing.T) {
 }
 
 // TestExplanations: each reason has its own words, for the person who stands
-// in front of the box.
+// in front of the box; a lockout is not tampering (F34).
 func TestExplanations(t *testing.T) {
 	seen := map[string]bool{}
 	for _, cause := range []error{seal.ErrNoTPM, seal.ErrWrongTPM, &seal.LockoutError{Counter: 32, Max: 32, WaitSec: 7200}, &seal.PolicyError{Reason: "x"}} {

@@ -106,7 +106,8 @@ func (f *Facts) logs(events ...pcr.Event) {
 }
 
 // TestExamine spoils one thing at a time. Exactly one check then is not as it was; one
-// that cannot be made any more is unknown.
+// that cannot be made any more is unknown. A lockout of an earlier life (F33), programs
+// of the firmware and of cards (F13) and variables' room are seen before an installation.
 func TestExamine(t *testing.T) {
 	if d := Examine(goodFacts(t)); !d.Fit || slices.ContainsFunc(d.Checks, func(c Check) bool { return c.Verdict != OK || c.Remedy != "" || c.Seen == "" }) {
 		t.Fatalf("a good box: %+v", d)

@@ -457,7 +457,8 @@ func TestReceipts(t *testing.T) {
 	held("")
 }
 
-// TestHoldStopsUpdates: an installation is refused for what Hold says, before a write.
+// TestHoldStopsUpdates: an installation is refused for what Hold says, before a write; as
+// long as the escrow has no receipt, that is (F51).
 func TestHoldStopsUpdates(t *testing.T) {
 	v := newVendor(t, "1.0.0", "1.1.0")
 	a := newAppliance(v, "1.0.0")

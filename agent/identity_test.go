@@ -112,6 +112,52 @@ func TestSwappedAndRelabelled(t *testing.T) {
 	refusedVolume(t, b, first.recoveryKey(), "is of another volume")
 }
 
+// TestHeaderOfTheOtherVolume copies header, tokens and key areas of one volume over those
+// of the other, and leaves the data (F80). With the label changed too, the key that comes
+// out is the other volume's.
+func TestHeaderOfTheOtherVolume(t *testing.T) {
+	for _, relabelled := range []bool{false, true} {
+		b := newBox(t, 2)
+		first := b.mustBoot("", "provisioned")
+		parts := b.parts()
+		header := make([]byte, 16<<20)
+		if _, err := parts[1].Device.ReadAt(header, 0); err != nil {
+			t.Fatal(err)
+		}
+		put(t, parts[0].Device, header, 0)
+		want := `in its place is a volume that was made as "media"`
+		if relabelled {
+			relabel(t, parts[0].Device, parts[0].Name)
+			want = "is of another volume"
+		}
+		refusedVolume(t, b, first.recoveryKey(), want)
+	}
+}
+
+// TestHeaderOfAnotherBox: the same from a box of the same product (F80): its secret is
+// under another TPM's key.
+func TestHeaderOfAnotherBox(t *testing.T) {
+	b, other := newBox(t, 1), newBox(t, 1)
+	first := b.mustBoot("", "provisioned")
+	other.mustBoot("", "provisioned")
+	header, own := make([]byte, 16<<20), make([]byte, 16<<20)
+	for dev, into := range map[partition.Device][]byte{other.parts()[0].Device: header, b.parts()[0].Device: own} {
+		if _, err := dev.ReadAt(into, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(t, b.parts()[0].Device, header, 0)
+	b.powerOn()
+	b.refused()
+	s := b.session(first.recoveryKey() + "\n")
+	if err := s.open(); !errors.Is(err, io.EOF) || len(s.storage.mapped) != 0 {
+		t.Errorf("our recovery key opens the other box's header: %v, mapped %v", err, s.storage.mapped)
+	}
+	put(t, b.parts()[0].Device, own, 0)
+	b.powerOn()
+	b.mustBoot("", "tpm")
+}
+
 // TestBoxNotes changes the note of the volumes in a header in each way.
 func TestBoxNotes(t *testing.T) {
 	b := newBox(t, 2)

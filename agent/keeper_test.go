@@ -577,7 +577,8 @@ func TestUnpredictable(t *testing.T) {
 	st.apply("1.1.0")
 }
 
-// TestRepair: after other firmware, the recovery key opens once.
+// TestRepair: after other firmware, the recovery key opens once, and the box seals itself
+// to what that very boot measured (F3, F57). Doing it again changes nothing (F49).
 func TestRepair(t *testing.T) {
 	for _, repair := range []string{"", repairManual} {
 		t.Run(cmp.Or(repair, "automatic"), func(t *testing.T) {
@@ -738,7 +739,7 @@ func TestPendingChange(t *testing.T) {
 	}
 }
 
-// TestPredictDBX seals before an update of dbx is written.
+// TestPredictDBX seals before an update of dbx is written (F9).
 func TestPredictDBX(t *testing.T) {
 	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
 	if _, err := st.k.Reseal(ResealOptions{DBX: []byte("<html>")}); err == nil || !strings.Contains(err.Error(), "update of dbx") {
@@ -870,7 +871,8 @@ func tokensOn(t *testing.T, b *box) (list []seal.Token) {
 	return list
 }
 
-// TestPIN: chosen at the first boot, asked for at each, and known to updates.
+// TestPIN: chosen at the first boot, asked for at each, and known to updates. Its prompt
+// and the recovery key's are not taken for one another (F58).
 func TestPIN(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBox(t, 2)

@@ -345,7 +345,7 @@ type refuseDevice struct{ partition.Device }
 func (refuseDevice) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
 
 // TestMainboardReplaced: another TPM, and another firmware. The recovery key opens
-// once, the box seals itself to what it finds, and the old board is a stranger then.
+// once, the box seals itself to what it finds, and the old board is a stranger then (F2).
 func TestMainboardReplaced(t *testing.T) {
 	for _, repair := range []string{"", repairManual} {
 		st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard, Repair: repair}, true)

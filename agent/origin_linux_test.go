@@ -154,7 +154,8 @@ func started(t *testing.T, nodes ...pathNode) origin {
 	}})
 }
 
-// TestOrigin: the firmware's path of each kind of disk, and the kernel's.
+// TestOrigin: the firmware's path of each kind of disk, and the kernel's. The name of the
+// file, which some firmware writes in upper case (F19), does not count.
 func TestOrigin(t *testing.T) {
 	const bus = "pci0000:00/0000:00:"
 	b := newBoard(t)

@@ -19,7 +19,7 @@ import (
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
-// TestFirstAndSecondBoot provisions, and then opens everything with one unseal.
+// TestFirstAndSecondBoot provisions, and then opens everything with one unseal (F39).
 func TestFirstAndSecondBoot(t *testing.T) {
 	for _, n := range []int{1, 3} {
 		t.Run(fmt.Sprintf("%d volumes", n), func(t *testing.T) {
@@ -146,7 +146,7 @@ func wantSame(t *testing.T, before, after partition.Device) {
 	}
 }
 
-// TestWithoutSecureBoot binds the loader and the command line instead, and says so.
+// TestWithoutSecureBoot binds the loader and the command line instead, and says so (F82).
 func TestWithoutSecureBoot(t *testing.T) {
 	b := newBox(t, 1)
 	b.secureBoot = false

@@ -146,7 +146,7 @@ func intact(dev partition.Device, allowed map[partition.Slot][]int) error {
 	if len(allowed[partition.SlotA]) > 0 && !seen[partition.SlotA] {
 		return errors.New("slot A has no entry")
 	}
-	for _, path := range []string{"EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"} {
+	for _, path := range []string{"EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"} { // each whole, in every state of a cut (F20)
 		if got, err := readFile(esp, path); err != nil || !bytes.Equal(got, loaderOld) && !bytes.Equal(got, loaderNew) {
 			return fmt.Errorf("boot loader %s has %d bytes of neither version: %v", path, len(got), err)
 		}

@@ -255,7 +255,7 @@ func fourPolicies(t testing.TB, tpm TPM) map[string]Policy {
 
 // maxCommands is what a later boot may take of the TPM's time, everything
 // included: two phases (agent), one identity for each volume, and the unseal.
-// With a PIN a person is what takes time, and one command more is allowed.
+// With a PIN a person is what takes time, and one command more is allowed (F39).
 const maxCommands = 12
 
 func TestCommandCount(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -503,6 +504,43 @@ func TestSRK(t *testing.T) {
 	}
 }
 
+// full is a TPM whose non-volatile memory others have filled.
+type full struct{ TPM }
+
+func (f full) Send(command []byte) ([]byte, error) {
+	const evictControl, nvSpace = 0x120, 0x14b // TPM_CC_EvictControl, TPM_RC_NV_SPACE
+	if binary.BigEndian.Uint32(command[6:]) == evictControl {
+		return append([]byte{0x80, 0x01, 0, 0, 0, 10}, 0, 0, nvSpace>>8, nvSpace&0xff), nil
+	}
+	return f.TPM.Send(command)
+}
+
+// TestNoRoomForSRK: without a place for the storage key the same one is made at each
+// boot, and what is sealed opens (F41).
+func TestNoRoomForSRK(t *testing.T) {
+	tpm := sealtest.Start(t)
+	boot(tpm)
+	srk, err := EnsureSRK(full{tpm})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if srk.Persistent || !strings.Contains(srk.Note, "no room") {
+		t.Errorf("storage key %+v", srk)
+	}
+	secret := randomSecret()
+	token, err := Seal(full{tpm}, srk, secret, standard(t), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srk.Close(tpm)
+	tpm.Reset()
+	boot(tpm)
+	mustOpen(t, full{tpm}, token, signed(t, vendorKey(), "image 1"), "", secret)
+	if n := tpm.Handles(); n != 0 {
+		t.Errorf("%d handles are left in the TPM", n)
+	}
+}
+
 func persist(t *testing.T, tpm TPM, k SRK) {
 	t.Helper()
 	_, err := tpm2.EvictControl{Auth: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
@@ -652,6 +690,7 @@ func (b *busy) Send(command []byte) ([]byte, error) {
 	return b.TPM.Send(command)
 }
 
+// F38: a TPM may take its time.
 func TestPatience(t *testing.T) {
 	tpm := sealtest.Start(t)
 	boot(tpm)
@@ -766,6 +805,8 @@ func TestPowerCutsCountWithPIN(t *testing.T) {
 	}
 }
 
+// F34, F35: a lockout is an error of its own, which says when it ends; what has no PIN
+// opens all the same.
 func TestLockout(t *testing.T) {
 	tpm := sealtest.Start(t)
 	boot(tpm)
@@ -797,6 +838,7 @@ func TestLockout(t *testing.T) {
 	mustOpen(t, tpm, plain, sigs, "", secret)
 }
 
+// F29: banks and registers are what the TPM says they are.
 func TestCheck(t *testing.T) {
 	tpm := sealtest.Start(t)
 	f, err := Check(tpm)
@@ -893,6 +935,7 @@ type oldTPM struct{}
 
 func (oldTPM) Send([]byte) ([]byte, error) { return []byte{0, 0xc4, 0, 0, 0, 10, 0, 0, 0, 0x1e}, nil }
 
+// F43: such a chip must not make a box that restarts for ever.
 func TestTPM12(t *testing.T) {
 	if _, err := Check(oldTPM{}); !errors.Is(err, ErrTPM12) {
 		t.Errorf("Check: %v", err)

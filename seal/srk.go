@@ -111,8 +111,9 @@ func isSRK(public tpm2.TPMTPublic) bool {
 
 // EnsureSRK returns the storage root key at 0x81000001, making it if nothing is
 // there. If something else is there (EVE keeps its endorsement key at that
-// handle) it is left alone, and the same key is made as a transient object: it
-// has the same name, costs up to a second per boot, and SRK.Note says so.
+// handle) it is left alone, and the same key is made as a transient object, as it is
+// where the TPM's memory is full (F41): it has the same name, costs up to a second per
+// boot, and SRK.Note says so.
 // Close the result.
 func EnsureSRK(t TPM) (SRK, error) {
 	t = patient{t}
@@ -132,12 +133,16 @@ func EnsureSRK(t TPM) (SRK, error) {
 		srk.Note = fmt.Sprintf("the key at 0x%08x is not a storage root key; a transient one is used", uint32(srkHandle))
 		return srk, nil
 	}
-	defer flush(t, srk.handle)
 	_, err = tpm2.EvictControl{
 		Auth:             tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: tpm2.PasswordAuth(nil)},
 		ObjectHandle:     tpm2.NamedHandle{Handle: srk.handle, Name: srk.tpmName()},
 		PersistentHandle: tpm2.TPMIDHPersistent(srkHandle),
 	}.Execute(t)
+	if errors.Is(err, tpm2.TPMRCNVSpace) {
+		srk.Note = fmt.Sprintf("the TPM has no room to keep the storage root key at 0x%08x; a transient one is used", uint32(srkHandle))
+		return srk, nil
+	}
+	defer flush(t, srk.handle)
 	if err != nil {
 		return SRK{}, fmt.Errorf("make the storage root key persistent at 0x%08x: %w", uint32(srkHandle), err)
 	}

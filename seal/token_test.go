@@ -332,6 +332,7 @@ func FuzzParseSignatures(f *testing.F) {
 	})
 }
 
+// F55: the record has a format number from the start.
 func TestRecordRoundTrip(t *testing.T) {
 	r := Record{Policy: PolicyStandard, PCRs: map[int]pcr.Digest{0: bootedPCR(0), 7: bootedPCR(7), 11: image("image 1"), 12: {}},
 		SRKName: []byte{0, 0xb, 1, 2}, Release: "1.2.3"}
@@ -385,6 +386,7 @@ func FuzzParseRecord(f *testing.F) {
 	})
 }
 
+// Nothing is bound that the status does not show (F5).
 func TestDescribeListsEverythingBound(t *testing.T) {
 	p := policies(t)["everything"]
 	text := strings.Join(p.Describe(), "\n")

@@ -269,7 +269,7 @@ func TestRotation(t *testing.T) {
 	u.mustFind(v.source("folder"), "2.0.0")
 }
 
-// TestLenient: what a person carries may be late, when the device allows it, and
+// TestLenient (F86): what a person carries may be late, when the device allows it, and
 // then bears out no time; a server's may not; nothing may be older than what was seen.
 func TestLenient(t *testing.T) {
 	for _, kind := range kinds {

@@ -41,7 +41,8 @@ func put(t testing.TB, dev memory, w which, b binaryHeader, text string) {
 }
 
 // TestHostileHeaders changes both copies, checksums right, and wants the header
-// refused by a message that names the place (F81).
+// refused by a message that names the place (F81): null ciphers for the data and for a
+// key area, a decryption that was begun (CVE-2021-4122), costs that no box can pay.
 func TestHostileHeaders(t *testing.T) {
 	pristine := dirty(t)
 	h := newHeader(t)

@@ -74,7 +74,7 @@ func (b boot) variables() map[string][]byte {
 }
 
 // TestPredictBoots: from each boot's log follow the registers the TPM held in the
-// next. The second of the secure ones appends to KEK, db and dbx, the third starts a
+// next. The second of the secure ones appends to KEK, db and dbx (F7), the third starts a
 // UKI, and the fourth a loader too, that the new key has signed.
 func TestPredictBoots(t *testing.T) {
 	for name, count := range map[string]int{"secure": 4, "open": 2} {
@@ -145,7 +145,8 @@ func TestReplayByTPM2Tools(t *testing.T) {
 }
 
 // TestPredictNothing: what does not change stays, on any firmware whose log leads to
-// its registers; only what starts must be known.
+// its registers, in whatever form it writes its boot options (F24); only what starts must
+// be known.
 func TestPredictNothing(t *testing.T) {
 	for name, raw := range map[string][]byte{
 		"arch workstation": testdata.ArchLinuxWorkstationEventLog,
@@ -211,7 +212,7 @@ func certList(owner string, certificates ...string) (b []byte) {
 }
 
 // box is a made-up boot that tests damage: two option ROMs, an agent in the firmware,
-// our two programs. Its certificates are words.
+// our two programs, and no record of "Calling EFI Application" (F18). Its certificates are words.
 type box struct {
 	events []Event
 	now    map[int]Digest // as the events have it, where not set
@@ -629,7 +630,8 @@ func newNow(b *box) map[int]Digest {
 	return now
 }
 
-// TestPredictRefuses: each refusal takes away just the registers it concerns.
+// TestPredictRefuses: each refusal takes away just the registers it concerns; first of
+// all those that the log does not lead to today (F14).
 func TestPredictRefuses(t *testing.T) {
 	for _, r := range refusals() {
 		t.Run(r.name, func(t *testing.T) {
