@@ -55,6 +55,7 @@ func (s *system) serveAPI(ctx context.Context) error {
 		w.WriteHeader(http.StatusAccepted)
 	})
 	mux.HandleFunc("POST /v1/reseal", s.answerReseal)
+	mux.HandleFunc("POST /v1/downgrade", s.answerDowngrade)
 	mux.HandleFunc("POST /v1/pin", s.answerPIN)
 	mux.HandleFunc("DELETE /v1/pin", s.answerPIN)
 	mux.HandleFunc("GET /v1/update", s.answerUpdate)

@@ -93,6 +93,8 @@ type box struct {
 	slot    string
 	onTrial bool
 	log     []byte // the firmware's event log
+	// authorisation is what lies on the ESP.
+	authorisation func() ([]byte, error)
 }
 
 // newBox is a box as it leaves the factory, switched on, with n volumes.
@@ -217,7 +219,7 @@ func (b *box) session(typed string) *session {
 			}
 			return b.log, nil
 		},
-		Slot: b.slot, OnTrial: b.onTrial,
+		Slot: b.slot, OnTrial: b.onTrial, Authorisation: b.authorisation,
 	}
 	return s
 }

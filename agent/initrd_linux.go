@@ -45,6 +45,8 @@ type initrd struct {
 	device  partition.Device // the whole disk
 	disk    *partition.Disk
 	status  Status
+	// signatures are those of this release, and of the vendor's authorisation.
+	signatures seal.Signatures
 }
 
 // RunInitrd is the first process of a boot: it finds and verifies the root,
@@ -290,12 +292,13 @@ func (i *initrd) slot() string {
 func (i *initrd) openVolumes() error {
 	m := &Machine{
 		Log: i.log, Console: i.console, Root: sysroot, Slot: i.status.Slot, Echo: echoOf(i.console),
-		Storage:    &kernelStorage{disk: i.root.disk},
-		OpenTPM:    waitForTPM,
-		Signatures: func() ([]byte, error) { return os.ReadFile(signaturesPath) },
-		SecureBoot: i.secureBoot(),
-		OnTrial:    i.onTrial(),
-		EventLog:   func() ([]byte, error) { return os.ReadFile(eventLogPath) },
+		Storage:       &kernelStorage{disk: i.root.disk},
+		OpenTPM:       waitForTPM,
+		Signatures:    func() ([]byte, error) { return os.ReadFile(signaturesPath) },
+		SecureBoot:    i.secureBoot(),
+		OnTrial:       i.onTrial(),
+		Authorisation: func() ([]byte, error) { return readAuthorisation(i.disk) },
+		EventLog:      func() ([]byte, error) { return os.ReadFile(eventLogPath) },
 	}
 	if err := m.EnterPhase(phaseEnterInitrd); err != nil {
 		i.log.Warn("boot phase not measured", "error", err) // the unseal will say so too, and end in the prompt
@@ -307,6 +310,7 @@ func (i *initrd) openVolumes() error {
 	if err := m.OpenVolumes(i.boot, parts, &i.status); err != nil {
 		return err
 	}
+	i.signatures, _ = m.signatures() // for later, and only to save time
 	return m.Leave(&i.status)
 }
 
@@ -380,7 +384,7 @@ func (i *initrd) leave() error {
 	if err := os.MkdirAll(filepath.Dir(statePath), 0o755); err != nil {
 		return err
 	}
-	if signatures, err := os.ReadFile(signaturesPath); err == nil {
+	if signatures, err := i.signatures.Marshal(); err == nil {
 		if err := os.WriteFile(signaturesCopy, signatures, 0o600); err != nil {
 			return err
 		}

@@ -257,8 +257,8 @@ func (k *Keeper) bind(tpm seal.TPM, s *situation) error {
 	s.bond = bond{uint64(max(k.Policy.Epoch, 1)), counter}
 	var reached uint64
 	for _, t := range s.tokens {
-		var epoch uint64
-		if n, _ := fmt.Sscanf(t.Ref, "holdfast-epoch-%d", &epoch); n != 1 || t.Counter == nil || t.Counter.Index != counter.Index || !s.ours(t) {
+		epoch := epochOf(t.Ref)
+		if epoch == 0 || t.Counter == nil || t.Counter.Index != counter.Index || !s.ours(t) {
 			continue
 		}
 		if t.Counter.Max < counter.Max || t.Counter.Max > counter.Max+1 {
@@ -644,6 +644,9 @@ func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
 	if err != nil {
 		return err
 	}
+	if err := k.epochAllows(s, m); err != nil {
+		return err
+	}
 	present, name := wanted[0].Policy, slotName(slot, m.Version)
 	more, err := k.coming(s, name, m.Expected, present)
 	switch {
@@ -662,6 +665,33 @@ func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
 	wanted = append(append(wanted, more...), k.suspendedState(s)...)
 	_, err = k.sync(s, wanted, k.keeps(s, wanted))
 	return err
+}
+
+// epochAllows refuses a release that this box's TPM would not open the data volumes for:
+// one of a lower security epoch than the box has come to, without the vendor's word.
+func (k *Keeper) epochAllows(s *situation, m image.Manifest) error {
+	if k.Policy.Policy != seal.PolicyRollbackProof || uint64(max(m.Epoch, 1)) >= s.bond.epoch {
+		return nil
+	}
+	if value, err := parseDigest(m.Expected.PCR11["enter-initrd"]); err == nil {
+		ok, err := k.authorised().Allow([]byte(k.Policy.PolicyKeyPEM), value, seal.EpochRef(s.bond.epoch))
+		if err != nil || ok {
+			return err
+		}
+	}
+	return fmt.Errorf("release %s has security epoch %d, and this box has come to %d: its TPM would not open the data volumes. "+
+		"The vendor may authorise one downgrade by a file (holdfast-agent downgrade FILE)", m.Version, m.Epoch, s.bond.epoch)
+}
+
+// authorised are the vendor's signatures on the ESP, as they are now.
+func (k *Keeper) authorised() seal.Signatures {
+	disk, closer, err := k.OpenDisk()
+	if err != nil {
+		return nil
+	}
+	defer closer.Close()
+	m := Machine{Log: k.Log, Authorisation: func() ([]byte, error) { return readAuthorisation(disk) }}
+	return m.authorised()
 }
 
 // coming are the states from the moment on that a release is written: of its first

@@ -263,6 +263,7 @@ func (st *station) try(typed string) error {
 	st.version, st.slot, st.log = r.Version, string(st.a.on.Slot), st.fw.log.Marshal()
 	st.signatures = signaturesOf(st.t, r.Version, uint64(st.policy.Epoch))
 	st.onTrial = st.a.on.Counted
+	st.authorisation = func() ([]byte, error) { return readAuthorisation(st.a.disk()) }
 	if st.s, err = st.boot(typed); err != nil {
 		return err
 	}

@@ -62,6 +62,9 @@ type Machine struct {
 	OpenTPM func() (seal.TPM, error)
 	// Signatures is the content of the UKI's .pcrsig section.
 	Signatures func() ([]byte, error)
+	// Authorisation is the content of the file at [image.AuthorisationPath], if there is one;
+	// nil is none.
+	Authorisation func() ([]byte, error)
 	// SecureBoot says whether the firmware enforces the vendor's keys.
 	SecureBoot func() (bool, error)
 	// EventLog is the firmware's, for explanations only.
@@ -318,7 +321,11 @@ func (m *Machine) signatures() (seal.Signatures, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the vendor's PCR signatures: %w", err)
 	}
-	return seal.ParseSignatures(b)
+	list, err := seal.ParseSignatures(b)
+	if err != nil {
+		return nil, err
+	}
+	return append(list, m.authorised()...), nil
 }
 
 // recordType is the token type of [seal.Record].
@@ -435,6 +442,12 @@ func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 		damaged = sealedID(*m.damaged)
 	}
 	s.setStates(tokens, m.openedHash(), damaged, known)
+	if m.opened != nil {
+		own := uint64(max(b.Appliance.Seal.Epoch, 0))
+		if box := epochOf(m.opened.Ref); box > own {
+			s.Problems = append(s.Problems, fmt.Sprintf("a downgrade that the vendor has authorised: release %s has security epoch %d, and this box has come to %d", b.Appliance.Version, own, box))
+		}
+	}
 	if vols[0].method == "recovery" {
 		why := "opened with the recovery key, because the TPM refused"
 		if m.damaged != nil {

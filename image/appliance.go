@@ -25,6 +25,13 @@ const (
 	FleetKeyPath = "/usr/lib/holdfast/fleet.key"
 	// BootPath is the [Boot] in the initrd, as JSON.
 	BootPath = "/boot.json"
+	// AuthorisationPath, on the ESP, is where a box of the policy rollback-proof takes the
+	// vendor's permission for a downgrade from: signatures in the form of systemd's
+	// tpm2-pcr-signature.json, of an older release's PCR 11 for the epoch that the box has
+	// come to (holdfast keys downgrade). They are not secret and authenticate themselves;
+	// anybody may put the file there, on a running box (holdfast-agent downgrade) or on a
+	// bench, where the ESP is a FAT file system like any other.
+	AuthorisationPath = "holdfast/downgrade.json"
 	// ContainersPath holds one folder a container: onboot/NNN-NAME, services/NAME,
 	// onshutdown/NNN-NAME, each with config.json (OCI runtime) and rootfs/.
 	ContainersPath = "/containers"

@@ -26,7 +26,7 @@
 // tokens; a power cut anywhere in between leaves a token that opens. From then
 // on an old release lacks the signature, and an old header, put back, lacks the
 // counter. The vendor allows a downgrade by signing the old release's registers
-// for the new epoch ([SignPCRPolicyRef]).
+// for the new epoch ([SignDowngrade]).
 //
 // The token is, field for field, that of systemd-cryptenroll ("systemd-tpm2"),
 // so a rescue system with systemd 255 or later opens the disk too; fields of

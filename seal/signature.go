@@ -97,6 +97,46 @@ func SignEpochs(signer crypto.Signer, pcr11 pcr.Digest, epoch uint64) (Signature
 	return s, nil
 }
 
+// SignDowngrade allows devices that have come to an epoch of above+1 to epoch an older
+// release, of epoch above, by the value its PCR 11 has in the initrd: [SignPCRPolicyRef]
+// for each. The result, marshalled, is a file of its own; it is public, and nobody has to
+// be trusted who carries it.
+func SignDowngrade(signer crypto.Signer, pcr11 pcr.Digest, above, epoch uint64) (s Signatures, err error) {
+	if epoch <= above || epoch >= maxSignatures {
+		return nil, fmt.Errorf("allow a downgrade from epoch %d: the release has epoch %d, and %d is the highest", epoch, above, maxSignatures-1)
+	}
+	for n := above + 1; n <= epoch; n++ {
+		e, err := SignPCRPolicyRef(signer, pcr11, EpochRef(n))
+		if err != nil {
+			return nil, err
+		}
+		s = append(s, e)
+	}
+	return s, nil
+}
+
+// Allow says whether one of the signatures is valid, by this key, for PCR 11 with this
+// value and for ref.
+func (s Signatures) Allow(policyKeyPEM []byte, pcr11 pcr.Digest, ref string) (bool, error) {
+	key, err := parsePolicyKey(policyKeyPEM)
+	if err != nil {
+		return false, err
+	}
+	_, reason, err := s.find(key, []int{11}, ref, map[int]pcr.Digest{11: pcr11})
+	return err == nil && reason == "", err
+}
+
+// By are those that are valid and by this key.
+func (s Signatures) By(policyKeyPEM []byte) (Signatures, error) {
+	key, err := parsePolicyKey(policyKeyPEM)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(s), func(e Signature) bool {
+		return e.KeyFingerprint != key.fingerprint || e.verify(key) != nil
+	}), nil
+}
+
 // digest is what is signed: aHash of Part 3 §23.16.
 func (s Signature) digest() [sha256.Size]byte {
 	return sha256.Sum256(append(s.Policy[:], s.Ref...))

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -40,6 +41,8 @@ const usage = `usage: holdfast-agent VERB
                          of the firmware, before its update
   pin set|remove         the TPM wants this PIN too, at every start from now on; or none, where
                          the release does without; the old one opens nothing any more
+  downgrade FILE         policy rollback-proof: let one older release open the data volumes, by
+                         the vendor's FILE (holdfast keys downgrade)
   update check|apply [PATH] [--version V] [--reboot] [--json]
                          from the spec's repository, or a bundle or repository at PATH
   update status [--json] what waits, what failed and why, the last 50 updates
@@ -118,6 +121,8 @@ func run(args []string) int {
 		err = reseal(ctx, c, args[1:])
 	case args[0] == "pin" && len(args) == 2:
 		err = setPIN(ctx, c, args[1])
+	case args[0] == "downgrade" && len(args) == 2:
+		err = downgrade(ctx, c, args[1])
 	case args[0] == "update" && len(args) > 1:
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "recovery":
@@ -192,6 +197,20 @@ func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
 		return json.NewEncoder(os.Stdout).Encode(r)
 	}
 	printStates(r)
+	return nil
+}
+
+// downgrade is the verb of that name.
+func downgrade(ctx context.Context, c *agent.Client, path string) error {
+	file, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	a, err := c.Downgrade(ctx, file)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("%s on the ESP: %s\n", a.Path, strings.Join(a.Refs, ", "))
 	return nil
 }
 

@@ -21,7 +21,7 @@ import (
 )
 
 func runKeys(ctx context.Context, c *cli, args []string) error {
-	verbs := []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}}
+	verbs := []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}, {"downgrade", runKeysDowngrade}}
 	if len(args) > 0 {
 		for _, v := range verbs {
 			if v.name == args[0] {
@@ -29,7 +29,7 @@ func runKeys(ctx context.Context, c *cli, args []string) error {
 			}
 		}
 	}
-	return usageError{"keys wants one of the words new, rotate and dbx, and a folder", "holdfast keys new DIR"}
+	return usageError{"keys wants one of the words new, rotate, dbx and downgrade, and a folder", "holdfast keys new DIR"}
 }
 
 // keyOptions are the flags that new and rotate share.
