@@ -20,7 +20,10 @@ func NewCredential(a *Answer) (Credential, error) {
 	if err := checkAK(ak); err != nil {
 		return Credential{}, fmt.Errorf("make credential: attestation key: %w", err)
 	}
-	ek, _, err := parseEK(a.EKPublic)
+	if _, err := parseEK(a.EKPublic); err != nil {
+		return Credential{}, fmt.Errorf("make credential: endorsement key: %w", err)
+	}
+	ek, err := tpm2.Unmarshal[tpm2.TPMTPublic](a.EKPublic)
 	if err != nil {
 		return Credential{}, fmt.Errorf("make credential: endorsement key: %w", err)
 	}

@@ -2,6 +2,7 @@ package attest
 
 import (
 	"bytes"
+	"crypto"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -118,10 +119,16 @@ func FuzzPublic(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if !bytes.Equal(tpm2.Marshal(p), public) {
+		if !bytes.Equal(p.marshal(), public) {
 			t.Error("marshal(parse(b)) != b")
 		}
-		if key, err := publicKey(p); err == nil {
+		if key, err := p.key(); err == nil {
+			theirs, err := tpm2.Unmarshal[tpm2.TPMTPublic](public)
+			if err == nil {
+				if want, err := tpm2.Pub(*theirs); err == nil && !key.(interface{ Equal(crypto.PublicKey) bool }).Equal(want) {
+					t.Errorf("go-tpm reads %v, we %v", want, key)
+				}
+			}
 			if verifySignature(key, signature, []byte("nobody signed this")) == nil {
 				t.Error("a signature over something else is good")
 			}

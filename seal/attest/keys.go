@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/asn1"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/big"
@@ -46,58 +47,121 @@ func akTemplate(alg tpm2.TPMAlgID) tpm2.TPMTPublic {
 	return t
 }
 
+// public is the public area of an asymmetric key, TPMT_PUBLIC: Part 2 §12.2.4. It is
+// read here, because go-tpm's reader by reflection takes ten times as long as verifying
+// the key's signature.
+type public struct {
+	Type, NameAlg tpm2.TPMAlgID
+	Attributes    uint32
+	Policy        []byte
+	// Symmetric, Scheme and KDF are an algorithm and, where that is not null, its
+	// details: key bits and mode, or a hash.
+	Symmetric, Scheme, KDF []uint16
+	KeyBits                uint16 // RSA
+	Exponent               uint32 // RSA
+	Curve                  tpm2.TPMECCCurve
+	Unique, UniqueY        []byte // modulus; or X and Y
+}
+
+// Attributes of an object: Part 2 §8.3.2.
+const (
+	attributeFixedTPM    = 1 << 1
+	attributeFixedParent = 1 << 4
+	attributeOrigin      = 1 << 5 // sensitiveDataOrigin
+	attributeRestricted  = 1 << 16
+	attributeDecrypt     = 1 << 17
+	attributeSign        = 1 << 18
+)
+
+// parsePublic reads a TPMT_PUBLIC of an RSA or ECC key, and nothing behind it.
+func parsePublic(b []byte) (*public, error) {
+	if len(b) > maxStructureBytes {
+		return nil, fmt.Errorf("a public key of %d bytes", len(b))
+	}
+	r := &cutter{rest: b}
+	algorithm := func(details int) []uint16 {
+		list := []uint16{r.number16()}
+		for range details {
+			if tpm2.TPMAlgID(list[0]) != tpm2.TPMAlgNull {
+				list = append(list, r.number16())
+			}
+		}
+		return list
+	}
+	p := &public{Type: tpm2.TPMAlgID(r.number16()), NameAlg: tpm2.TPMAlgID(r.number16()), Attributes: r.number32(), Policy: r.sized()}
+	p.Symmetric, p.Scheme = algorithm(2), algorithm(1)
+	switch p.Type {
+	case tpm2.TPMAlgRSA:
+		p.KeyBits, p.Exponent, p.Unique = r.number16(), r.number32(), r.sized()
+	case tpm2.TPMAlgECC:
+		p.Curve, p.KDF = tpm2.TPMECCCurve(r.number16()), algorithm(1)
+		p.Unique, p.UniqueY = r.sized(), r.sized()
+	default:
+		return nil, fmt.Errorf("a key of type 0x%04x, neither RSA nor ECC", uint16(p.Type))
+	}
+	if r.short || len(r.rest) != 0 {
+		return nil, errors.New("not the public area of a TPM's key: it is longer or shorter")
+	}
+	return p, nil
+}
+
+// marshal is the inverse of parsePublic.
+func (p *public) marshal() []byte {
+	b := binary.BigEndian.AppendUint16(nil, uint16(p.Type))
+	numbers := func(list ...uint16) {
+		for _, n := range list {
+			b = binary.BigEndian.AppendUint16(b, n)
+		}
+	}
+	sized := func(x []byte) { numbers(uint16(len(x))); b = append(b, x...) }
+	numbers(uint16(p.NameAlg))
+	b = binary.BigEndian.AppendUint32(b, p.Attributes)
+	sized(p.Policy)
+	numbers(p.Symmetric...)
+	numbers(p.Scheme...)
+	if p.Type == tpm2.TPMAlgRSA {
+		numbers(p.KeyBits)
+		b = binary.BigEndian.AppendUint32(b, p.Exponent)
+		sized(p.Unique)
+		return b
+	}
+	numbers(uint16(p.Curve))
+	numbers(p.KDF...)
+	sized(p.Unique)
+	sized(p.UniqueY)
+	return b
+}
+
 // checkAK says why a key is not one that can attest. The name covers the attributes, so
 // the TPM that opens a credential for the name has just this key.
-func checkAK(p *tpm2.TPMTPublic) error {
-	a := p.ObjectAttributes
+func checkAK(p *public) error {
+	const wants = attributeFixedTPM | attributeFixedParent | attributeOrigin
 	switch {
 	case p.NameAlg != tpm2.TPMAlgSHA256:
 		return fmt.Errorf("its name is made with algorithm 0x%04x, not SHA-256", uint16(p.NameAlg))
-	case !a.Restricted || !a.SignEncrypt || a.Decrypt:
+	case p.Attributes&(attributeRestricted|attributeSign|attributeDecrypt) != attributeRestricted|attributeSign:
 		return errors.New("it is not restricted to signing: it would sign a quote that somebody made up")
-	case !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin:
+	case p.Attributes&wants != wants:
 		return errors.New("it may leave the TPM or came from outside")
 	}
 	return nil
 }
 
-// publicKey is the key of a public area, of a kind that this package verifies.
-func publicKey(p *tpm2.TPMTPublic) (crypto.PublicKey, error) {
-	switch p.Type {
-	case tpm2.TPMAlgECC:
-		parms, err := p.Parameters.ECCDetail()
-		if err != nil {
-			return nil, err
-		}
-		point, err := p.Unique.ECC()
-		if err != nil {
-			return nil, err
-		}
-		if parms.CurveID != tpm2.TPMECCNistP256 {
-			return nil, fmt.Errorf("a key on curve 0x%04x, not P-256", uint16(parms.CurveID))
-		}
-		if len(point.X.Buffer) > 32 || len(point.Y.Buffer) > 32 {
-			return nil, errors.New("a point of more than 256 bits")
+// key is the key of a public area, of a kind that this package verifies.
+func (p *public) key() (crypto.PublicKey, error) {
+	if p.Type == tpm2.TPMAlgECC {
+		if p.Curve != tpm2.TPMECCNistP256 || len(p.Unique) > 32 || len(p.UniqueY) > 32 {
+			return nil, fmt.Errorf("a key on curve 0x%04x, not P-256", uint16(p.Curve))
 		}
 		uncompressed := append([]byte{4}, make([]byte, 64)...)
-		new(big.Int).SetBytes(point.X.Buffer).FillBytes(uncompressed[1:33])
-		new(big.Int).SetBytes(point.Y.Buffer).FillBytes(uncompressed[33:])
+		copy(uncompressed[33-len(p.Unique):], p.Unique)
+		copy(uncompressed[65-len(p.UniqueY):], p.UniqueY)
 		return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), uncompressed)
-	case tpm2.TPMAlgRSA:
-		parms, err := p.Parameters.RSADetail()
-		if err != nil {
-			return nil, err
-		}
-		n, err := p.Unique.RSA()
-		if err != nil {
-			return nil, err
-		}
-		if parms.KeyBits != 2048 || len(n.Buffer) != 256 || n.Buffer[0]&0x80 == 0 || parms.Exponent != 0 && parms.Exponent != 65537 {
-			return nil, fmt.Errorf("an RSA key of %d bits with exponent %d, not 2048 and 65537", parms.KeyBits, parms.Exponent)
-		}
-		return &rsa.PublicKey{N: new(big.Int).SetBytes(n.Buffer), E: 65537}, nil
 	}
-	return nil, fmt.Errorf("a key of type 0x%04x", uint16(p.Type))
+	if n := p.Unique; p.KeyBits != 2048 || len(n) != 256 || n[0]&0x80 == 0 || p.Exponent != 0 && p.Exponent != 65537 {
+		return nil, fmt.Errorf("an RSA key of %d bits with exponent %d, not 2048 and 65537", p.KeyBits, p.Exponent)
+	}
+	return &rsa.PublicKey{N: new(big.Int).SetBytes(p.Unique), E: 65537}, nil
 }
 
 // ekTemplates are the TCG's for endorsement keys, L-2 (ECC P-256) and L-1 (RSA 2048).
@@ -132,21 +196,21 @@ func ekOf(key crypto.PublicKey) ([]byte, error) {
 	return nil, fmt.Errorf("an endorsement key of type %T", key)
 }
 
-// parseEK wants a public area that one of the templates gives, and its key.
-func parseEK(public []byte) (*tpm2.TPMTPublic, crypto.PublicKey, error) {
-	p, err := parsePublic(public)
+// parseEK wants a public area that one of the templates gives, and gives its key.
+func parseEK(b []byte) (crypto.PublicKey, error) {
+	p, err := parsePublic(b)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	key, err := publicKey(p)
+	key, err := p.key()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	want, err := ekOf(key)
-	if err == nil && !bytes.Equal(want, public) {
+	if err == nil && !bytes.Equal(want, b) {
 		err = errors.New("it is not of a template of the TCG for endorsement keys")
 	}
-	return p, key, err
+	return key, err
 }
 
 // trimDER cuts what some makers write behind a certificate to fill the index.

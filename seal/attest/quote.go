@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/binary"
@@ -67,17 +66,17 @@ func (q *quote) marshal() []byte {
 
 func parseQuote(b []byte) (*quote, error) {
 	r := &cutter{rest: b}
-	magic, kind := binary.BigEndian.Uint32(r.bytes(4)), binary.BigEndian.Uint16(r.bytes(2))
+	magic, kind := r.number32(), r.number16()
 	q := &quote{Signer: r.sized(), ExtraData: r.sized(), ClockMs: binary.BigEndian.Uint64(r.bytes(8)),
-		ResetCount: binary.BigEndian.Uint32(r.bytes(4)), RestartCount: binary.BigEndian.Uint32(r.bytes(4))}
+		ResetCount: r.number32(), RestartCount: r.number32()}
 	safe := r.bytes(1)[0]
 	q.Safe, q.FirmwareVersion = safe == 1, binary.BigEndian.Uint64(r.bytes(8))
-	n := binary.BigEndian.Uint32(r.bytes(4))
+	n := r.number32()
 	if n > maxBanks {
 		return nil, fmt.Errorf("it selects registers of %d banks", n)
 	}
 	for range n {
-		s := selection{Hash: binary.BigEndian.Uint16(r.bytes(2))}
+		s := selection{Hash: r.number16()}
 		s.Bitmap = r.bytes(int(r.bytes(1)[0]))
 		q.Selections = append(q.Selections, s)
 	}
@@ -113,7 +112,12 @@ func (r *cutter) bytes(n int) []byte {
 	return b
 }
 
-func (r *cutter) sized() []byte { return r.bytes(int(binary.BigEndian.Uint16(r.bytes(2)))) }
+func (r *cutter) number16() uint16 { return binary.BigEndian.Uint16(r.bytes(2)) }
+
+func (r *cutter) number32() uint32 { return binary.BigEndian.Uint32(r.bytes(4)) }
+
+// sized is a TPM2B: a size of 16 bits and that many bytes.
+func (r *cutter) sized() []byte { return r.bytes(int(r.number16())) }
 
 // selects says whether the quote is over exactly [Selection] in the SHA-256 bank.
 func (q *quote) selects() bool {
@@ -125,7 +129,7 @@ func (q *quote) selects() bool {
 		bytes.Equal(bytes.TrimRight(q.Selections[0].Bitmap, "\x00"), bytes.TrimRight(want[:], "\x00"))
 }
 
-// String lists what the quote is over.
+// selected lists what the quote is over.
 func (q *quote) selected() string {
 	text := ""
 	for _, s := range q.Selections {
@@ -143,72 +147,47 @@ func (q *quote) selected() string {
 	return text
 }
 
-// parsePublic reads a TPMT_PUBLIC and nothing behind it.
-func parsePublic(b []byte) (*tpm2.TPMTPublic, error) {
-	if len(b) == 0 || len(b) > maxStructureBytes {
-		return nil, fmt.Errorf("a public key of %d bytes", len(b))
-	}
-	p, err := tpm2.Unmarshal[tpm2.TPMTPublic](b)
-	if err != nil {
-		return nil, fmt.Errorf("not the public area of a TPM's key: %w", err)
-	}
-	return p, wantSame(b, tpm2.Marshal(p))
-}
-
 // nameOf is the TPM's name of a public area with SHA-256. Part 1 §16.
 func nameOf(public []byte) []byte {
 	sum := sha256.Sum256(public)
 	return append([]byte{0, byte(tpm2.TPMAlgSHA256)}, sum[:]...)
 }
 
-// verifySignature checks a TPMT_SIGNATURE over a message. RSASSA, RSAPSS and ECDSA
-// with SHA-256 are known.
+// verifySignature checks a TPMT_SIGNATURE over a message: Part 2 §11.3.4. RSASSA,
+// RSAPSS and ECDSA with SHA-256 are known.
 func verifySignature(key crypto.PublicKey, signature, message []byte) error {
-	if len(signature) == 0 || len(signature) > maxStructureBytes {
+	if len(signature) > maxStructureBytes {
 		return fmt.Errorf("a signature of %d bytes", len(signature))
 	}
-	s, err := tpm2.Unmarshal[tpm2.TPMTSignature](signature)
-	if err != nil {
-		return fmt.Errorf("not a TPM's signature: %w", err)
+	r := &cutter{rest: signature}
+	alg, hash := tpm2.TPMAlgID(r.number16()), tpm2.TPMAlgID(r.number16())
+	first, second := r.sized(), []byte(nil)
+	if alg == tpm2.TPMAlgECDSA {
+		second = r.sized()
 	}
-	if err := wantSame(signature, tpm2.Marshal(s)); err != nil {
-		return fmt.Errorf("not a TPM's signature: %w", err)
+	if r.short || len(r.rest) != 0 || hash != tpm2.TPMAlgSHA256 {
+		return errors.New("it is not a TPM's signature with SHA-256")
 	}
 	digest := sha256.Sum256(message)
-	wrong := errors.New("the signature was not made with this key over this quote")
+	good := false
 	switch key := key.(type) {
 	case *ecdsa.PublicKey:
-		ec, err := s.Signature.ECDSA()
-		if err != nil || s.SigAlg != tpm2.TPMAlgECDSA || ec.Hash != tpm2.TPMAlgSHA256 || key.Curve != elliptic.P256() {
+		if alg != tpm2.TPMAlgECDSA || len(first) > 32 || len(second) > 32 {
 			return errors.New("the signature is not ECDSA with SHA-256 and P-256")
 		}
-		r, v := new(big.Int).SetBytes(ec.SignatureR.Buffer), new(big.Int).SetBytes(ec.SignatureS.Buffer)
-		if !ecdsa.Verify(key, digest[:], r, v) {
-			return wrong
-		}
-		return nil
+		good = ecdsa.Verify(key, digest[:], new(big.Int).SetBytes(first), new(big.Int).SetBytes(second))
 	case *rsa.PublicKey:
-		return verifyRSA(key, s, digest, wrong)
-	}
-	return fmt.Errorf("a key of type %T", key)
-}
-
-func verifyRSA(key *rsa.PublicKey, s *tpm2.TPMTSignature, digest pcr.Digest, wrong error) error {
-	switch s.SigAlg {
-	case tpm2.TPMAlgRSASSA:
-		if r, err := s.Signature.RSASSA(); err == nil && r.Hash == tpm2.TPMAlgSHA256 {
-			if rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], r.Sig.Buffer) != nil {
-				return wrong
-			}
-			return nil
-		}
-	case tpm2.TPMAlgRSAPSS:
-		if r, err := s.Signature.RSAPSS(); err == nil && r.Hash == tpm2.TPMAlgSHA256 {
-			if rsa.VerifyPSS(key, crypto.SHA256, digest[:], r.Sig.Buffer, nil) != nil {
-				return wrong
-			}
-			return nil
+		switch alg {
+		case tpm2.TPMAlgRSASSA:
+			good = rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], first) == nil
+		case tpm2.TPMAlgRSAPSS:
+			good = rsa.VerifyPSS(key, crypto.SHA256, digest[:], first, nil) == nil
+		default:
+			return errors.New("the signature is neither RSASSA nor RSAPSS with SHA-256")
 		}
 	}
-	return errors.New("the signature is neither RSASSA nor RSAPSS with SHA-256")
+	if !good {
+		return errors.New("the signature was not made with this key over this quote")
+	}
+	return nil
 }

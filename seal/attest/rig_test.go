@@ -177,7 +177,7 @@ func (r *rig) ek(t testing.TB, template tpm2.TPMTPublic) crypto.PublicKey {
 		t.Fatal(err)
 	}
 	defer k.flush(r.tpm)
-	_, public, err := parseEK(k.public)
+	public, err := parseEK(k.public)
 	if err != nil {
 		t.Fatal(err)
 	}

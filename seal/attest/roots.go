@@ -2,7 +2,6 @@ package attest
 
 import (
 	"bytes"
-	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -31,7 +30,8 @@ const maxChains = 1 << 16
 
 // endorsement is what a verified EK certificate says.
 type endorsement struct {
-	key                 crypto.PublicKey
+	public              []byte // TPMT_PUBLIC of the EK
+	other               error  // why there is no such thing: another kind of key
 	facts               tpmFacts
 	root                string
 	notBefore, notAfter time.Time // of the whole chain
@@ -142,7 +142,8 @@ func (r *Roots) search(certificates [][]byte, now time.Time) (e endorsement, err
 		return e, err
 	}
 	chain := chains[0]
-	e.key, e.root, e.notBefore, e.notAfter = leaf.PublicKey, chain[len(chain)-1].Subject.String(), leaf.NotBefore, leaf.NotAfter
+	e.public, e.other = ekOf(leaf.PublicKey)
+	e.root, e.notBefore, e.notAfter = chain[len(chain)-1].Subject.String(), leaf.NotBefore, leaf.NotAfter
 	for _, c := range chain {
 		if c.NotBefore.After(e.notBefore) {
 			e.notBefore = c.NotBefore

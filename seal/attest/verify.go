@@ -12,8 +12,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/google/go-tpm/tpm2"
-
 	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
@@ -168,7 +166,6 @@ type verification struct {
 	c *Challenge
 	p *Policy
 
-	ak     *tpm2.TPMTPublic
 	akKey  crypto.PublicKey
 	quote  *quote
 	values map[int]pcr.Digest // nil where they are not the quoted ones
@@ -267,20 +264,19 @@ func (w *verification) endorsement() {
 		w.unknown(CheckEK, "no TPM manufacturer's root certificate is given")
 	default:
 		if e, err = w.p.Roots.verify(w.a.Certificates, w.p.Now); err == nil {
-			err = sameEK(e.key, w.a.EKPublic)
+			err = e.of(w.a.EKPublic)
 		}
 		w.judgeChain(e, err)
 	}
-	w.hardware(e, e.key != nil && err == nil)
+	w.hardware(e, e.root != "" && err == nil)
 }
 
-// sameEK returns nil when the public area is the one of the certificate's key.
-func sameEK(key crypto.PublicKey, public []byte) error {
-	want, err := ekOf(key)
-	if err != nil {
-		return fmt.Errorf("%w: %w", errNotParsed, err)
+// of returns nil when the certificate is for the key with this public area.
+func (e endorsement) of(public []byte) error {
+	if e.other != nil {
+		return fmt.Errorf("%w: %w", errNotParsed, e.other)
 	}
-	if !bytes.Equal(want, public) {
+	if !bytes.Equal(e.public, public) {
 		return errors.New("the certificate is for another endorsement key than the box shows")
 	}
 	return nil
@@ -336,12 +332,12 @@ func firmwareText(v uint64) string {
 
 // attestationKey judges what kind of key the AK is and whether it is in the EK's TPM.
 func (w *verification) attestationKey() {
-	var err error
-	if w.ak, err = parsePublic(w.a.AKPublic); err == nil {
-		err = checkAK(w.ak)
+	ak, err := parsePublic(w.a.AKPublic)
+	if err == nil {
+		err = checkAK(ak)
 	}
 	if err == nil {
-		w.akKey, err = publicKey(w.ak)
+		w.akKey, err = ak.key()
 	}
 	if err != nil {
 		w.fail(CheckAK, "the attestation key: "+err.Error(), "attestation key", "A program made the key and signs what it likes with it.")
