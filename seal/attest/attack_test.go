@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
 
 // wantFails wants exactly these checks to have failed, and says what they found.
@@ -51,7 +52,7 @@ func (r *rig) append(t *testing.T, index int, kind pcr.EventType, data []byte, d
 	log.Events = append(log.Events, pcr.Event{PCR: uint32(index), Type: kind, Data: data, Digests: []pcr.TaggedDigest{
 		{Alg: pcr.SHA1, Digest: zero(20)}, {Alg: pcr.SHA256, Digest: d[:]}, {Alg: pcr.SHA384, Digest: zero(48)}, {Alg: pcr.SHA512, Digest: zero(64)}}})
 	r.input.EventLog = log.Marshal()
-	r.extend(t, index, d)
+	r.tpm.ExtendDigest(index, d)
 }
 
 // TestAttacks: in each case exactly the named checks fail. The box was recorded before.
@@ -94,7 +95,7 @@ func TestAttacks(t *testing.T) {
 		{name: "stale", fails: []string{CheckFreshness}, judge: func(_ *testing.T, p *Policy) { p.Now = today.AddDate(0, 0, 31) }},
 		{name: "from the future", fails: []string{CheckFreshness}, judge: func(_ *testing.T, p *Policy) { p.Now = today.AddDate(0, 0, -1) }},
 		{name: "another manufacturer's roots", fails: []string{CheckEK}, judge: func(t *testing.T, p *Policy) {
-			p.Roots, _, _ = NewRoots(newVendor(t, "Test Root of TPMs").cert.Raw)
+			p.Roots, _, _ = NewRoots(sealtest.NewManufacturer(t, "Test Root of TPMs", today).Cert.Raw)
 		}},
 		{name: "another EK", fails: []string{CheckEK, CheckAK}, judge: known(func(k *Record) { k.EK = other })},
 		{name: "another box's certificate", fails: []string{CheckEK}, box: func(t *testing.T, r *rig) {
@@ -102,8 +103,8 @@ func TestAttacks(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			r.remove(t, 0x01c0000a)
-			r.install(t, r.maker.certify(t, key.Public(), "id:49424D00"), 0x01c0000a)
+			r.tpm.RemoveNV(eccIndex)
+			r.tpm.WriteNV(eccIndex, r.maker.Certify(key.Public(), "id:49424D00"))
 		}, forge: func(t *testing.T, r *rig, _ *Challenge, a *Answer) { a.EKPublic = ekPublic(t, r) }},
 		{name: "TPM firmware other than it says", fails: []string{CheckHardware}, forge: func(t *testing.T, r *rig, c *Challenge, a *Answer) {
 			a.Statement.TPM.Firmware = "7.2.3.1"
@@ -130,7 +131,7 @@ func TestAttacks(t *testing.T) {
 		{name: "log of a record less", fails: []string{CheckLog}, forge: editLog(func(l *pcr.Log) { l.Events = slices.Delete(l.Events, 4, 5) })},
 		{name: "log of a record more", fails: []string{CheckLog}, forge: editLog(func(l *pcr.Log) { l.Events = append(l.Events, l.Events[len(l.Events)-1]) })},
 		{name: "log with a digest changed", fails: []string{CheckLog}, forge: editLog(func(l *pcr.Log) { l.Events[6].Digests[1].Digest[0] ^= 1 })},
-		{name: "measured and not logged", fails: []string{CheckLog}, box: func(t *testing.T, r *rig) { r.extend(t, 1, program) }},
+		{name: "measured and not logged", fails: []string{CheckLog}, box: func(_ *testing.T, r *rig) { r.tpm.ExtendDigest(1, program) }},
 		{name: "another kernel image", fails: []string{CheckKernel}, judge: reference(func(r *Reference) { r.Boot.PCR11[0]++ })},
 		{name: "another release", fails: []string{CheckKernel, CheckLoader}, judge: reference(func(r *Reference) {
 			r.Version, r.Boot.PCR11, r.Boot.UKI.Authenticode = "2.0.0", program, program
@@ -228,7 +229,7 @@ func authorityData(name string, content []byte) []byte {
 
 func ekPublic(t *testing.T, r *rig) []byte {
 	t.Helper()
-	public, err := ekOf(r.ek(t, tpm2.ECCEKTemplate))
+	public, err := ekOf(r.tpm.EK(tpm2.ECCEKTemplate))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -306,15 +307,7 @@ func TestInitrd(t *testing.T) {
 	r.policy.Accept = append(FirstContact(), CheckAK)
 	r.tpm.Reset()
 	r.input.Statement.Measurements = nil
-	log, err := pcr.ParseLog(r.boot.Log)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range log.Events {
-		if d, ok := e.SHA256(); ok && e.Type != pcr.EventNoAction {
-			r.extend(t, int(e.PCR), d)
-		}
-	}
+	r.tpm.Measure(r.boot.Log)
 	c := r.challenge(t)
 	wantFails(t, Verify(r.answer(t, c), c, &r.policy), CheckKernel)
 	r.tpm.Extend(11, "enter-initrd")
@@ -343,9 +336,9 @@ func TestSoftwareTPM(t *testing.T) {
 	r := newRig(t, "secure")
 	r.policy.SoftwareTPM = false
 	r.policy.Accept = append(FirstContact(), CheckAK, CheckHardware)
-	certificate := func(v vendor, manufacturer string) {
-		r.remove(t, 0x01c0000a)
-		r.install(t, v.certify(t, r.ek(t, tpm2.ECCEKTemplate), manufacturer), 0x01c0000a)
+	certificate := func(m sealtest.Manufacturer, id string) {
+		r.tpm.RemoveNV(eccIndex)
+		r.certify(m, tpm2.ECCEKTemplate, id, eccIndex)
 	}
 	answer := func(c *Challenge, lies bool) *Answer {
 		if !lies {
@@ -361,7 +354,7 @@ func TestSoftwareTPM(t *testing.T) {
 	}
 	for _, tt := range []struct {
 		name         string
-		maker        vendor
+		maker        sealtest.Manufacturer
 		manufacturer string
 		lies         bool
 		fails        []string
@@ -369,7 +362,7 @@ func TestSoftwareTPM(t *testing.T) {
 		{"says what it is", r.maker, "id:49424D00", false, []string{CheckHardware}},
 		{"certified by swtpm's own tools", r.maker, "id:00001014", false, []string{CheckHardware}},
 		{"with a certificate of a chip", r.maker, "id:49465800", false, []string{CheckHardware}},
-		{"as a chip, with a certificate of its own making", newVendor(t, "Test Root of TPMs"), "id:49465800", true, []string{CheckEK}},
+		{"as a chip, with a certificate of its own making", sealtest.NewManufacturer(t, "Test Root of TPMs", today), "id:49465800", true, []string{CheckEK}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			certificate(tt.maker, tt.manufacturer)

@@ -14,8 +14,8 @@ import (
 // TestRSA is a TPM with an RSA endorsement key, and one without ECC.
 func TestRSA(t *testing.T) {
 	r := newRig(t, "secure")
-	r.remove(t, 0x01c0000a)
-	r.install(t, r.maker.certify(t, r.ek(t, tpm2.RSAEKTemplate), "id:49424D00"), 0x01c00002)
+	r.tpm.RemoveNV(eccIndex)
+	r.certify(r.maker, tpm2.RSAEKTemplate, "id:49424D00", rsaIndex)
 	r.input.RSA = true
 	r.enrol(t)
 	c := r.challenge(t)
@@ -56,7 +56,7 @@ func TestPersistentEK(t *testing.T) {
 // TestNoCertificate: such a TPM is known from first contact on, and only then good.
 func TestNoCertificate(t *testing.T) {
 	r := newRig(t, "secure")
-	r.remove(t, 0x01c0000a)
+	r.tpm.RemoveNV(eccIndex)
 	credential, err := NewCredential(r.answer(t, r.challenge(t)))
 	if err != nil {
 		t.Fatal(err)
@@ -83,10 +83,10 @@ func TestNoCertificate(t *testing.T) {
 // TestIssuersInTPM: the certificates of issuers that the TPM keeps are found and used.
 func TestIssuersInTPM(t *testing.T) {
 	r := newRig(t, "secure")
-	r.install(t, bytes.Repeat(r.maker.cert.Raw, 2), 0x01c00100)
+	r.tpm.WriteNV(0x01c00100, bytes.Repeat(r.maker.Cert.Raw, 2))
 	c := r.challenge(t)
 	a := r.answer(t, c)
-	if len(a.Certificates) != 3 || !bytes.Equal(a.Certificates[1], r.maker.cert.Raw) || !bytes.Equal(a.Certificates[2], r.maker.cert.Raw) {
+	if len(a.Certificates) != 3 || !bytes.Equal(a.Certificates[1], r.maker.Cert.Raw) || !bytes.Equal(a.Certificates[2], r.maker.Cert.Raw) {
 		t.Errorf("%d certificates", len(a.Certificates))
 	}
 	if v := Verify(a, c, &r.policy); v.Of(CheckEK).Result != Pass {
