@@ -174,7 +174,9 @@ type Container struct {
 	Name string `json:"name"`
 	// Bundle is the OCI runtime bundle's folder in the root. Its rootfs is read-only;
 	// unless ReadOnly is set a tmpfs lies over it while the container runs.
-	Bundle   string   `json:"bundle"`
+	Bundle string `json:"bundle"`
+	// Digest is that of the image it was made of ("sha256:…").
+	Digest   string   `json:"digest,omitempty"`
 	ReadOnly bool     `json:"readonly,omitempty"`
 	Mkdir    []string `json:"mkdir,omitempty"` // folders made on the host before the start
 	// Restart is "always" (the default for services), "on-failure" or "never".

@@ -74,9 +74,21 @@ type Expected struct {
 	// PCR12 is what command lines, credentials and add-ons from outside the UKI give:
 	// none.
 	PCR12 string `json:"pcr12,omitempty"`
+	// UKISections are what the stub measures into PCR 11, in its order: to say which one
+	// differs where the register does.
+	UKISections []Section `json:"uki_sections,omitempty"`
+	// Services are the digests ("sha256:…") of the services' images by their names. They
+	// are in the root, so its hash covers them.
+	Services map[string]string `json:"services,omitempty"`
 	// PolicyKeySHA256 is the fingerprint of the key that signs PCR 11 policies
 	// (over its PKCS #1 DER, as in .pcrsig).
 	PolicyKeySHA256 string `json:"policy_key_sha256"`
+}
+
+// Section is a section of a UKI with the digest of its content, in hex.
+type Section struct {
+	Name   string `json:"name"` // with the dot
+	SHA256 string `json:"sha256"`
 }
 
 // Geometry is the disk a release is made for.

@@ -97,6 +97,9 @@ func (b *builder) writeUKI(k *kernel, app *image.Appliance) error {
 	if err := b.expectPCR11(img.PCR11); err != nil {
 		return err
 	}
+	for _, s := range img.Measured {
+		b.manifest.Expected.UKISections = append(b.manifest.Expected.UKISections, image.Section{Name: s.Name, SHA256: hex.EncodeToString(s.SHA256[:])})
+	}
 	signed, err := b.sign(img)
 	if err != nil {
 		return fmt.Errorf("sign UKI: %w", err)

@@ -135,6 +135,9 @@ func (b *builder) addContainers(root *tree.Node, app *image.Appliance) error {
 				return err
 			}
 			*group.into = append(*group.into, *entry)
+			if group.section == runtime.Services {
+				b.expectService(entry)
+			}
 		}
 	}
 	if len(app.OnBoot)+len(app.Services)+len(app.OnShutdown) == 0 || find(root, runtimePath) != nil {
@@ -144,6 +147,14 @@ func (b *builder) addContainers(root *tree.Node, app *image.Appliance) error {
 		return b.at("init", fmt.Errorf("no container runtime at %s: give one with --runtime, or add an image that holds a static runc to init", runtimePath))
 	}
 	return b.put(root, runtimePath, 0o755, b.in.Runtime)
+}
+
+// expectService notes a service among the reference values.
+func (b *builder) expectService(c *image.Container) {
+	if b.manifest.Expected.Services == nil {
+		b.manifest.Expected.Services = map[string]string{}
+	}
+	b.manifest.Expected.Services[c.Name] = c.Digest
 }
 
 func (b *builder) addContainer(root *tree.Node, c spec.Image, o runtime.Options) (*image.Container, error) {
@@ -165,6 +176,7 @@ func (b *builder) addContainer(root *tree.Node, c spec.Image, o runtime.Options)
 	if err != nil {
 		return nil, b.at(key, err)
 	}
+	entry.Digest = src.Digest
 	if err := b.addMountpoints(src.root, config); err != nil {
 		return nil, b.at(key, err)
 	}

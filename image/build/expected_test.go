@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -66,6 +67,21 @@ func TestExpected(t *testing.T) {
 	measured, err := loaded.Measured()
 	if err != nil {
 		t.Fatal(err)
+	}
+	reference, err := m.Reference()
+	if err != nil || !slices.Equal(reference.Sections, measured) {
+		t.Errorf("the manifest has sections %v (%v), the UKI %v", reference.Sections, err, measured)
+	}
+	if reference.Boot.PCR11 != pcr.UKI(measured) || reference.RootHash != m.Verity.RootHash || reference.Version != m.Version {
+		t.Errorf("reference values %+v", reference)
+	}
+	if len(reference.Services) == 0 {
+		t.Error("no service is among the reference values")
+	}
+	for name, digest := range reference.Services {
+		if !slices.ContainsFunc(m.Images, func(s image.Source) bool { return s.Digest == digest }) {
+			t.Errorf("service %s has the digest %q, which is no image's", name, digest)
+		}
 	}
 	value := pcr.UKI(measured)
 	for _, phase := range []struct{ before, name string }{{"", ""}, {"enter-initrd", "enter-initrd"}, {"leave-initrd", "enter-initrd:leave-initrd"}} {
