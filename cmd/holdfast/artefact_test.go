@@ -74,6 +74,9 @@ func makeRelease(keyDir, dir string, r testRelease) error {
 	if err != nil {
 		return err
 	}
+	for _, s := range assembled.Measured {
+		m.Expected.UKISections = append(m.Expected.UKISections, image.Section{Name: s.Name, SHA256: hex.EncodeToString(s.SHA256[:])})
+	}
 	m.Expected.PCR11 = map[string]string{"": hex.EncodeToString(assembled.PCR11[:])}
 	initrd := pcr.Extend(assembled.PCR11, []byte("enter-initrd"))
 	left := pcr.Extend(initrd, []byte("leave-initrd"))

@@ -51,6 +51,7 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
   apply BUNDLE --disk D  write it into the free slot of a disk on the bench
   escrow VERB FILE       a box's escrowed recovery key: inspect, receipt, newkey
   recover ESCROW --key K the recovery key in it
+  attest VERB            challenge boxes, and verify their answers
   version
 
 example:
@@ -72,7 +73,7 @@ func verbs() []verb {
 		{"init", runInit}, {"keys", runKeys}, {"lock", runLock}, {"build", runBuild},
 		{"run", runRun}, {"inspect", runInspect}, {"repo", runRepo}, {"bundle", runBundle},
 		{"verify", runVerify}, {"apply", runApply},
-		{"escrow", runEscrow}, {"recover", runRecover}, {"version", runVersion},
+		{"escrow", runEscrow}, {"recover", runRecover}, {"attest", runAttest}, {"version", runVersion},
 	}
 }
 

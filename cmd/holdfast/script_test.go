@@ -50,12 +50,16 @@ func TestMain(m *testing.M) {
 //	mkluks FILE                a volume by our own package
 //	mkescrow VOLUME ESCROW SERIAL THRESHOLD RECIPIENT...
 //	                           a volume and its recovery key, encrypted to the keys in these files
+//	mkbox NAME KEYS RELEASE    a box that runs the release, and NAME.root.pem, who made its TPM
+//	answer NAME CHALLENGE FOLDER
+//	                           the box answers a challenge
 //	kernel FILE                Debian's kernel package
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(scripts) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
+	b := &boxes{t, map[string]*testBox{}}
 	testscript.Run(t, testscript.Params{
 		Files:               scripts,
 		RequireExplicitExec: true,
@@ -68,7 +72,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS, "mkescrow": scriptEscrow,
-			"kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
+			"mkbox": b.boot, "answer": b.answer, "kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
 			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},
 	})

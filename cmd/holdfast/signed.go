@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -232,4 +235,32 @@ func (c *carried) askFor(t update.Target) update.Device {
 		d.RootHash = c.from[0]
 	}
 	return d
+}
+
+// releases reads the descriptors of all releases that are listed.
+func (s *signed) releases(ctx context.Context) (list []*update.Release, err error) {
+	targets, err := fetchMetadata[metadata.TargetsType](ctx, s.source, update.TargetsPath(s.answer.Targets))
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range s.targets {
+		file := targets.Signed.Targets[t.Name()]
+		if file == nil {
+			return nil, fmt.Errorf("%w: %s is not on the signed list any more", update.ErrUntrusted, t.Name())
+		}
+		want := file.Hashes["sha256"]
+		b, err := fetchAll(ctx, s.source, update.DescriptorPath(t.Name(), hex.EncodeToString(want)), maxMetadataBytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", t.Name(), err)
+		}
+		if sum := sha256.Sum256(b); !bytes.Equal(sum[:], want) {
+			return nil, fmt.Errorf("%s: %w: its description is not the one that was signed; it was damaged, or somebody changed it", t.Name(), update.ErrUntrusted)
+		}
+		r, err := update.ParseRelease(b)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", t.Name(), err)
+		}
+		list = append(list, r)
+	}
+	return list, nil
 }

@@ -208,7 +208,7 @@ func (w *verification) fresh() {
 		w.unknown(CheckChallenge, "no challenge is given to compare with")
 	case err != nil:
 		w.fail(CheckChallenge, "the quote cannot be read: "+err.Error(), "quote", "The answer was damaged or made up.")
-	case w.answersChallenge():
+	case w.a.Answers(w.c):
 		w.pass(CheckChallenge, "it answers this challenge")
 	default:
 		w.fail(CheckChallenge, "the quote is not over this challenge and this statement", "qualifying data of the quote",
@@ -234,14 +234,6 @@ const (
 	timeForm     = "2006-01-02 15:04 UTC"
 	maxClockSkew = 300 * 1e9 // five minutes between the vendor's computers
 )
-
-func (w *verification) answersChallenge() bool {
-	if w.a.Statement == nil {
-		return bytes.Equal(w.quote.ExtraData, w.c.Nonce)
-	}
-	want := w.c.qualifyingData(w.a.Statement.marshal())
-	return bytes.Equal(w.quote.ExtraData, want[:])
-}
 
 // endorsement judges the EK and whether its TPM is a chip.
 func (w *verification) endorsement() {

@@ -1,0 +1,514 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/holdfast-os/holdfast/image/keys"
+	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+const attestUsage = `usage: holdfast attest VERB [OPTIONS] ...
+
+  challenge              make the file that boxes answer; with --answer, for first contact
+  verify ANSWER          judge an answer, or a folder of them  [--json]
+
+A first contact takes two answers, the second to a challenge with --answer FIRST.
+
+example:
+  holdfast attest challenge -o stick/
+  holdfast attest verify stick/ --challenge holdfast-challenge-5f3a9c01.json \
+    --roots tpm-roots/ --repo repo --keys keys --records boxes/
+exit codes: 0 every answer is good, 1 failed, 2 usage, 3 an answer failed or is unknown
+`
+
+func runAttest(ctx context.Context, c *cli, args []string) error {
+	if len(args) == 0 {
+		return usageError{"attest wants a verb: challenge or verify", "holdfast attest -h"}
+	}
+	switch args[0] {
+	case "challenge":
+		return attestChallenge(ctx, c, args[1:])
+	case "verify":
+		return attestVerify(ctx, c, args[1:])
+	case "help", "-h", "--help":
+		_, err := io.WriteString(c.out, attestUsage)
+		return err
+	}
+	return usageError{fmt.Sprintf("no verb attest %q", args[0]), "holdfast attest -h"}
+}
+
+func attestChallenge(_ context.Context, c *cli, args []string) error {
+	f := c.flags("attest challenge", "", `Make a challenge: a file with a nonce, for one box or for many. Send it, keep a copy,
+and give attest verify that copy. Boxes take it from a stick, under the name it has.
+With --answer it holds a credential for each of the boxes that gave these answers,
+which only the TPM that has both keys of the answer can open: first contact.
+
+example: holdfast attest challenge --answer first/ -o stick/`)
+	var answers texts
+	f.Var(&answers, "answer", "`file` or folder with answers of boxes at first contact; repeat")
+	out := f.String("o", ".", "`file` or folder to write to")
+	if _, err := parse(f, args, 0); err != nil {
+		return err
+	}
+	credentials, err := credentialsFor(answers)
+	if err != nil {
+		return err
+	}
+	challenge, err := attest.NewChallenge(time.Now(), credentials...)
+	if err != nil {
+		return err
+	}
+	path := *out
+	if info, err := os.Stat(path); err == nil && info.IsDir() {
+		path = filepath.Join(path, challenge.FileName())
+	}
+	if err := writeWhole(path, challenge.Marshal(), 0o644); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintln(c.out, path)
+	return err
+}
+
+// credentialsFor makes one for each box, however many answers there are of it.
+func credentialsFor(answers []string) (list []attest.Credential, err error) {
+	for _, path := range answers {
+		files, err := filesAt(path, attest.AnswerPrefix)
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range files {
+			b, err := readSmall(file, attest.MaxAnswerBytes)
+			if err != nil {
+				return nil, err
+			}
+			a, err := attest.ParseAnswer(b)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", file, err)
+			}
+			credential, err := attest.NewCredential(a)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", file, err)
+			}
+			if !slices.ContainsFunc(list, func(o attest.Credential) bool { return bytes.Equal(o.AK, credential.AK) }) {
+				list = append(list, credential)
+			}
+		}
+	}
+	return list, nil
+}
+
+// filesAt is the file, or those in the folder whose names begin so. None is an error.
+func filesAt(path, prefix string) ([]string, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return []string{path}, nil
+	}
+	entries, err := os.ReadDir(path)
+	if err != nil {
+		return nil, err
+	}
+	var files []string
+	for _, e := range entries {
+		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), prefix) {
+			files = append(files, filepath.Join(path, e.Name()))
+		}
+	}
+	if len(files) == 0 {
+		return nil, fmt.Errorf("%s has no file %s…", path, prefix)
+	}
+	return files, nil
+}
+
+// attestOptions are what verify is told.
+type attestOptions struct {
+	challenges, roots, releases, dbx, programs texts
+	repo, root, keys, records, accept, files   string
+	record, firstContact, software, insecure   bool
+	asJSON                                     bool
+	maxAge                                     time.Duration
+}
+
+func (o *attestOptions) flags(f *flag.FlagSet) {
+	f.Var(&o.challenges, "challenge", "`file` or folder with the challenges as they were sent; repeat")
+	f.Var(&o.roots, "roots", "`file` or folder with certificates of TPM manufacturers, PEM or DER; repeat")
+	f.StringVar(&o.repo, "repo", "", "`folder` of the update repository: its releases may run")
+	f.StringVar(&o.root, "root", "", "`file` root.json to verify the repository with, instead of its own first")
+	f.Var(&o.releases, "release", "`folder` of a build or manifest.json of a release that may run; repeat")
+	f.StringVar(&o.keys, "keys", "", "`folder` with the vendor's Secure Boot keys; no private key is needed")
+	f.Var(&o.dbx, "dbx", "`file` with revocations that a box must have: a signature list or .auth; repeat")
+	f.Var(&o.programs, "program", "Authenticode `digest` in hex of a program that firmware may start before the loader; repeat")
+	f.StringVar(&o.records, "records", "", "`folder` with what is recorded of the boxes")
+	f.BoolVar(&o.record, "record", false, "record the boxes whose answers are good")
+	f.BoolVar(&o.firstContact, "first-contact", false, "take boxes that nothing is recorded of")
+	f.StringVar(&o.accept, "accept", "", "comma-separated `checks` that may be unknown")
+	f.BoolVar(&o.software, "software-tpm", false, "take TPMs that are programs")
+	f.BoolVar(&o.insecure, "no-secure-boot", false, "take boxes whose Secure Boot is off")
+	f.DurationVar(&o.maxAge, "max-age", 30*24*time.Hour, "how old a challenge may be")
+	f.StringVar(&o.files, "files", "", "`folder` to write the answers' files to: journal, logs")
+	f.BoolVar(&o.asJSON, "json", false, "one JSON object instead of text")
+}
+
+func attestVerify(ctx context.Context, c *cli, args []string) error {
+	f := c.flags("attest verify", "ANSWER", `Judge ANSWER, a file or a folder of them, and say of each check whether it passed, failed
+or is unknown, which event differs and what it means. What is not given is unknown, and
+what is unknown is not good. Exit code 3: an answer is not good.
+
+example: holdfast attest verify stick/ --challenge sent.json --roots tpm-roots/ \
+  --repo repo --keys keys --records boxes/`)
+	var o attestOptions
+	o.flags(f)
+	rest, err := parse(f, args, 1)
+	if err != nil {
+		return err
+	}
+	if len(o.challenges) == 0 {
+		return usageError{"attest verify needs --challenge FILE, the one that was sent", "make one: holdfast attest challenge"}
+	}
+	if o.record && o.records == "" {
+		return usageError{"--record needs --records DIR", "holdfast attest verify -h"}
+	}
+	policy, err := o.policy(ctx, c)
+	if err != nil {
+		return err
+	}
+	challenges, err := readChallenges(o.challenges)
+	if err != nil {
+		return err
+	}
+	files, err := filesAt(rest[0], attest.AnswerPrefix)
+	if err != nil {
+		return err
+	}
+	result := &attestation{Type: "attestation"}
+	var items []attest.Item
+	for _, file := range files {
+		item, known, err := o.item(file, challenges)
+		if err != nil {
+			return err
+		}
+		items = append(items, item)
+		result.Answers = append(result.Answers, judged{File: file, Recorded: known})
+	}
+	for i, v := range attest.VerifyAll(items, policy) {
+		result.Answers[i].Verdict = v
+	}
+	if err := o.keep(items, result.Answers); err != nil {
+		return err
+	}
+	if err := show(c, result, o.asJSON); err != nil {
+		return err
+	}
+	return result.err()
+}
+
+// policy reads all that answers are judged by.
+func (o *attestOptions) policy(ctx context.Context, c *cli) (*attest.Policy, error) {
+	p := &attest.Policy{Now: time.Now(), MaxAge: o.maxAge, SoftwareTPM: o.software, NoSecureBoot: o.insecure}
+	if o.accept != "" {
+		p.Accept = strings.Split(o.accept, ",")
+	}
+	if o.firstContact {
+		p.Accept = append(p.Accept, attest.FirstContact()...)
+	}
+	for _, text := range o.programs {
+		b, err := hex.DecodeString(text)
+		if err != nil || len(b) != sha256.Size {
+			return nil, usageError{fmt.Sprintf("--program %.70q is not a SHA-256 digest in hex", text), "holdfast inspect tells those of EFI programs"}
+		}
+		p.Programs = append(p.Programs, pcr.Digest(b))
+	}
+	for _, read := range []func(context.Context, *cli, *attest.Policy) error{o.readRoots, o.readReferences, o.readKeys} {
+		if err := read(ctx, c, p); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (o *attestOptions) readRoots(_ context.Context, c *cli, p *attest.Policy) (err error) {
+	var files [][]byte
+	for _, path := range o.roots {
+		list, err := filesAt(path, "")
+		if err != nil {
+			return err
+		}
+		for _, file := range list {
+			b, err := readSmall(file, 1<<20)
+			if err != nil {
+				return err
+			}
+			files = append(files, b)
+		}
+	}
+	if len(files) == 0 {
+		return nil
+	}
+	var skipped []error
+	p.Roots, skipped, err = attest.NewRoots(files...)
+	for _, s := range skipped {
+		fmt.Fprintln(c.err, "warning:", plain(s.Error()))
+	}
+	return err
+}
+
+func (o *attestOptions) readReferences(ctx context.Context, _ *cli, p *attest.Policy) error {
+	for _, path := range o.releases {
+		if filepath.Base(path) == "manifest.json" {
+			path = filepath.Dir(path)
+		}
+		_, m, err := releaseFolder(path)
+		if err != nil {
+			return err
+		}
+		r, err := m.Reference()
+		if err != nil {
+			return err
+		}
+		p.References = append(p.References, r)
+	}
+	if o.repo == "" {
+		return nil
+	}
+	releases, err := o.published(ctx)
+	if err != nil {
+		return err
+	}
+	for _, release := range releases {
+		r, err := release.Manifest.Reference()
+		if err != nil {
+			return fmt.Errorf("%s: %w", o.repo, err)
+		}
+		if !slices.ContainsFunc(p.References, func(have attest.Reference) bool { return have.Boot == r.Boot }) {
+			p.References = append(p.References, r) // a release may be in several channels
+		}
+	}
+	return nil
+}
+
+// published reads the releases of the repository, verified.
+func (o *attestOptions) published(ctx context.Context) (list []*update.Release, err error) {
+	root := o.root
+	if root == "" {
+		root = filepath.Join(o.repo, update.RootPath(1))
+	}
+	trusted, err := readSmall(root, maxRootJSON)
+	if err != nil {
+		return nil, err
+	}
+	source, err := update.OpenDir(o.repo)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, source.Close()) }()
+	s, err := readSigned(ctx, source, trusted, time.Now())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", o.repo, err)
+	}
+	return s.releases(ctx)
+}
+
+func (o *attestOptions) readKeys(_ context.Context, _ *cli, p *attest.Policy) error {
+	if o.keys == "" {
+		return nil
+	}
+	k, err := keys.Load(o.keys)
+	if err != nil {
+		return err
+	}
+	content := map[string][]byte{}
+	for _, name := range []string{keys.PK, keys.KEK, keys.DB} {
+		if content[name], err = k.SignatureList(name); err != nil {
+			return err
+		}
+	}
+	if k.DBNext.Cert != nil { // boxes get it before it signs
+		next, err := k.SignatureList(keys.DBNext)
+		if err != nil {
+			return err
+		}
+		content[keys.DB] = append(content[keys.DB], next...)
+	}
+	var dbx []byte
+	for _, path := range o.dbx {
+		b, err := readSmall(path, 1<<20)
+		if err != nil {
+			return err
+		}
+		list, err := pcr.VariableAfter(nil, b, false)
+		if err != nil { // not an .auth file
+			list = b
+		}
+		dbx = append(dbx, list...)
+	}
+	p.Keys, err = attest.NewKeys(content[keys.PK], content[keys.KEK], content[keys.DB], dbx)
+	return err
+}
+
+func readChallenges(paths []string) (list []*attest.Challenge, err error) {
+	for _, path := range paths {
+		files, err := filesAt(path, attest.ChallengePrefix)
+		if err != nil {
+			return nil, err
+		}
+		for _, file := range files {
+			b, err := readSmall(file, attest.MaxChallengeBytes)
+			if err != nil {
+				return nil, err
+			}
+			challenge, err := attest.ParseChallenge(b)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", file, err)
+			}
+			list = append(list, challenge)
+		}
+	}
+	return list, nil
+}
+
+// item is an answer with the challenge it is to, or else the first one, and what is
+// recorded of the box. An answer that cannot be read is one too.
+func (o *attestOptions) item(file string, challenges []*attest.Challenge) (item attest.Item, known bool, err error) {
+	item.Challenge = challenges[0]
+	if item.Answer, err = readSmall(file, attest.MaxAnswerBytes); err != nil {
+		return item, false, err
+	}
+	a, err := attest.ParseAnswer(item.Answer)
+	if err != nil {
+		return item, false, nil
+	}
+	if i := slices.IndexFunc(challenges, a.Answers); i >= 0 {
+		item.Challenge = challenges[i]
+	}
+	if o.records == "" {
+		return item, false, nil
+	}
+	path := filepath.Join(o.records, a.RecordName())
+	b, err := readSmall(path, 1<<20)
+	if errors.Is(err, fs.ErrNotExist) {
+		return item, false, nil
+	}
+	if err != nil {
+		return item, false, err
+	}
+	if item.Known, err = attest.ParseRecord(b); err != nil {
+		return item, false, fmt.Errorf("%s: %w", path, err)
+	}
+	return item, true, nil
+}
+
+// keep writes what was asked for: records of good boxes, and the answers' files.
+func (o *attestOptions) keep(items []attest.Item, answers []judged) error {
+	for i := range items {
+		a, err := attest.ParseAnswer(items[i].Answer)
+		if err != nil {
+			continue
+		}
+		if o.record && answers[i].Verdict.Good() {
+			record, err := attest.NewRecord(a, answers[i].Verdict, items[i].Known, time.Now())
+			if err != nil {
+				return err
+			}
+			if err := os.MkdirAll(o.records, 0o755); err != nil {
+				return err
+			}
+			if err := writeWhole(filepath.Join(o.records, a.RecordName()), record.Marshal(), 0o644); err != nil {
+				return err
+			}
+			answers[i].Recorded = true
+		}
+		if o.files == "" {
+			continue
+		}
+		dir := filepath.Join(o.files, strings.TrimSuffix(filepath.Base(answers[i].File), ".bin"))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		for _, file := range a.Attachments {
+			if err := writeWhole(filepath.Join(dir, file.Name), file.Data, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// attestation is what verify tells.
+type attestation struct {
+	Type    string   `json:"type"` // "attestation"
+	Answers []judged `json:"answers"`
+}
+
+// judged is one answer of it.
+type judged struct {
+	File     string         `json:"file"`
+	Verdict  attest.Verdict `json:"verdict"`
+	Recorded bool           `json:"recorded"` // the box is
+}
+
+func (r *attestation) wrong() []string { return nil }
+
+func (r *attestation) count(result attest.Result) (n int) {
+	for _, a := range r.Answers {
+		if a.Verdict.Result == result {
+			n++
+		}
+	}
+	return n
+}
+
+// print shows every check of a single answer, and of many what is not in order.
+func (r *attestation) print(s *sheet) {
+	for _, a := range r.Answers {
+		s.line(fmt.Sprintf("%s: %s: %s", a.File, a.Verdict.Device, strings.ToUpper(string(a.Verdict.Result))))
+		for _, check := range a.Verdict.Checks {
+			if len(r.Answers) > 1 && check.Result == attest.Pass {
+				continue
+			}
+			result := string(check.Result)
+			if slices.Contains(a.Verdict.Accepted, check.Name) {
+				result = "accepted"
+			}
+			s.fact(result, check.Name, check.Text)
+			if check.Event != "" {
+				s.fact("", "", "differs: "+check.Event)
+			}
+			if check.Meaning != "" {
+				s.fact("", "", check.Meaning)
+			}
+		}
+	}
+	s.line(fmt.Sprintf("%d good, %d unknown, %d failed", r.count(attest.Pass), r.count(attest.Unknown), r.count(attest.Fail)))
+}
+
+// err is what makes the exit code 3.
+func (r *attestation) err() error {
+	bad := len(r.Answers) - r.count(attest.Pass)
+	if bad == 0 {
+		return nil
+	}
+	err := fmt.Errorf("%w: %d of %d answers are not good", errVerification, bad, len(r.Answers))
+	for _, a := range r.Answers {
+		if a.Verdict.Of(attest.CheckAK).Result == attest.Unknown && len(a.Verdict.Checks) > 1 {
+			return hinted{err, "first contact: holdfast attest challenge --answer " + a.File}
+		}
+	}
+	return err
+}
