@@ -39,8 +39,7 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
 
   init NAME              write a commented starter spec to NAME.yaml
   keys new DIR           make the vendor's keys: Secure Boot, PCR policy, recovery escrow
-  keys rotate|dbx DIR    change the key that signs; revoke releases
-  keys downgrade DIR     let rollback-proof boxes go back to one older release
+  keys VERB DIR          rotate them; dbx, downgrade: revoke releases, or let boxes go back to one
   lock SPEC              pin the images a spec names by tag to digests
   build SPEC -o OUT      make the release and the disk
   run OUT                boot it in QEMU with a TPM and firmware that remember
