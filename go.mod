@@ -50,6 +50,8 @@ require (
 	golang.org/x/sys v0.49.0
 	// whether a person watches, and a raw terminal for the console of run.
 	golang.org/x/term v0.47.0
+	// the wire format of go-tpm-tools' attestations, which are protobuf.
+	google.golang.org/protobuf v1.36.11
 	// the QR code of a recovery key on the console: Reed-Solomon, masks and placement.
 	rsc.io/qr v0.2.0
 )
@@ -75,6 +77,5 @@ require (
 	golang.org/x/sync v0.24.0 // indirect
 	golang.org/x/tools v0.49.0 // indirect
 	google.golang.org/genproto/googleapis/api v0.0.0-20250825161204-c5933d9347a5 // indirect
-	google.golang.org/protobuf v1.36.11 // indirect
 	gotest.tools/v3 v3.5.2 // indirect
 )

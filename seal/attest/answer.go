@@ -23,7 +23,8 @@ type Answer struct {
 	AKPublic  []byte // TPMT_PUBLIC
 	Quote     []byte // TPMS_ATTEST
 	Signature []byte // TPMT_SIGNATURE
-	// Registers are the values of [Selection], 32 bytes each. The quote has only their digest.
+	// Registers are the values of [Selection], or of [AllRegisters], 32 bytes each. The
+	// quote has only their digest.
 	Registers []byte
 	EKPublic  []byte // TPMT_PUBLIC; empty where the box could not make it
 	// Certificates are the EK's, DER, first its own and then those that the TPM keeps of
@@ -95,7 +96,7 @@ func parseAnswer(b []byte) (*Answer, error) {
 	a.AKPublic = r.field("attestation key", maxStructureBytes)
 	a.Quote = r.field("quote", maxStructureBytes)
 	a.Signature = r.field("signature", maxStructureBytes)
-	a.Registers = r.field("registers", len(Selection())*sha256.Size)
+	a.Registers = r.field("registers", pcr.Count*sha256.Size)
 	a.EKPublic = r.field("endorsement key", maxStructureBytes)
 	for range r.number("certificates", maxCertificates) {
 		a.Certificates = append(a.Certificates, r.field("certificate", maxCertificateBytes))
@@ -200,9 +201,27 @@ func (f Attachment) digest() AttachmentDigest {
 	return AttachmentDigest{f.Name, hex.EncodeToString(sum[:])}
 }
 
+// selection are the registers that a quote with these values must be over.
+func (a *Answer) selection() []int {
+	if len(a.Registers) == pcr.Count*sha256.Size {
+		return AllRegisters()
+	}
+	return Selection()
+}
+
+// QualifyingData is what the quote was made over beside the registers. The error is that
+// the quote cannot be read.
+func (a *Answer) QualifyingData() ([]byte, error) {
+	q, err := parseQuote(a.Quote)
+	if err != nil {
+		return nil, fmt.Errorf("quote: %w", err)
+	}
+	return q.ExtraData, nil
+}
+
 // values are the registers by number; nil where there are too few or too many.
 func (a *Answer) values() map[int]pcr.Digest {
-	selection := Selection()
+	selection := a.selection()
 	if len(a.Registers) != len(selection)*sha256.Size {
 		return nil
 	}

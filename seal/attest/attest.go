@@ -82,6 +82,16 @@ var ErrMalformed = errors.New("malformed")
 // other selection is refused: what is left out could hold anything.
 func Selection() []int { return []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15} }
 
+// AllRegisters are those that go-tpm-tools quotes: every one. A quote over them, with
+// all values given, is taken too; it covers more, and hides nothing.
+func AllRegisters() []int {
+	all := make([]int, pcr.Count)
+	for i := range all {
+		all[i] = i
+	}
+	return all
+}
+
 const (
 	challengeType = "holdfast-challenge"
 	statementType = "holdfast-statement"

@@ -119,10 +119,10 @@ func (r *cutter) number32() uint32 { return binary.BigEndian.Uint32(r.bytes(4)) 
 // sized is a TPM2B: a size of 16 bits and that many bytes.
 func (r *cutter) sized() []byte { return r.bytes(int(r.number16())) }
 
-// selects says whether the quote is over exactly [Selection] in the SHA-256 bank.
-func (q *quote) selects() bool {
+// selects says whether the quote is over exactly these registers of the SHA-256 bank.
+func (q *quote) selects(registers []int) bool {
 	var want [pcr.Count / 8]byte
-	for _, p := range Selection() {
+	for _, p := range registers {
 		want[p/8] |= 1 << (p % 8)
 	}
 	return len(q.Selections) == 1 && q.Selections[0].Hash == uint16(tpm2.TPMAlgSHA256) &&

@@ -213,6 +213,9 @@ func (m Measurement) check() error {
 	return nil
 }
 
+// Digest is SHA256, decoded.
+func (m Measurement) Digest() (pcr.Digest, error) { return parseDigest(m.SHA256) }
+
 func (m Measurement) digest() pcr.Digest {
 	d, _ := parseDigest(m.SHA256) // checked when the statement was read
 	return d

@@ -374,8 +374,8 @@ func (w *verification) quoted() {
 		w.unknown(CheckRegisters, "there is no quote")
 		return
 	}
-	if w.quote.selects() {
-		w.pass(CheckSelection, "PCR %v of SHA-256", Selection())
+	if w.quote.selects(w.a.selection()) {
+		w.pass(CheckSelection, "PCR %v of SHA-256", w.a.selection())
 	} else {
 		w.fail(CheckSelection, fmt.Sprintf("the quote is over%s and not over %v of SHA-256", w.quote.selected(), Selection()), "selection in the quote",
 			"What is left out could hold anything. Another program made the quote, or somebody hides a register.")
@@ -383,7 +383,7 @@ func (w *verification) quoted() {
 	values := w.a.values()
 	sum := sha256.Sum256(w.a.Registers)
 	switch {
-	case !w.quote.selects():
+	case !w.quote.selects(w.a.selection()):
 		w.unknown(CheckRegisters, "the quote is not over these registers")
 	case values == nil:
 		w.fail(CheckRegisters, fmt.Sprintf("there are %d bytes of registers", len(w.a.Registers)), "registers", "The answer was damaged or made up.")
