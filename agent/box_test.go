@@ -202,6 +202,8 @@ func (b *box) session(typed string) *session {
 	}
 	s.m = &Machine{
 		Log: slog.New(s.log.handler()), Console: s.console, Storage: s.storage, Root: b.t.TempDir(), Rand: b.rand,
+		// Some tests make a hundred volumes and boxes; package luks2 tests the real figure.
+		RecoveryMemoryKiB: 1024,
 		OpenTPM: func() (seal.TPM, error) {
 			s.opened++
 			return s.tpmLog, b.noTPM

@@ -227,7 +227,7 @@ func (m *Machine) newHeader(v *volume, all []boxVolume, i int, keys *secrets, to
 			luks2.Wipe(b)
 		}
 	}()
-	slot, err := h.AddKeyslot(v.key, recovery, luks2.RecoveryKDF(0), m.Rand)
+	slot, err := h.AddKeyslot(v.key, recovery, luks2.RecoveryKDF(m.RecoveryMemoryKiB), m.Rand)
 	if err != nil {
 		return nil, err
 	}

@@ -81,6 +81,9 @@ type Machine struct {
 	Root string
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
+	// RecoveryMemoryKiB is what it takes to try a recovery key of a volume that is made;
+	// 0 means [luks2.RecoveryKDF]'s 64 MiB.
+	RecoveryMemoryKiB uint32
 
 	tpm     *meteredTPM
 	typed   *bufio.Reader // of the console, once
