@@ -31,7 +31,7 @@ func main() {
 	inputs := flag.String("inputs", "build/inputs", "folder with linux-image.deb")
 	keyDir := flag.String("keys", "build/keys", "the vendor's keys")
 	trees := flag.String("trees", "build/bench", "folder with the roots, kernels and programs that updates are made of")
-	what := flag.String("what", "build,apply,add,fetch", "what to measure")
+	what := flag.String("what", "build,apply,add,fetch,attest", "what to measure")
 	runs := flag.Int("runs", 5, "counted runs of each")
 	if len(os.Args) > 1 && os.Args[1] == rebuildVerb { // by itself, as a process whose memory is measured
 		if err := rebuildRoot(os.Args[2:]); err != nil {
@@ -86,11 +86,11 @@ func (b *bench) run(what []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
-	parts := map[string]func() error{"build": b.builds, "apply": b.applies, "add": b.adds, "fetch": b.fetches}
+	parts := map[string]func() error{"build": b.builds, "apply": b.applies, "add": b.adds, "fetch": b.fetches, "attest": b.attests}
 	for _, w := range what {
 		part, ok := parts[w]
 		if !ok {
-			return fmt.Errorf("-what %s: there are build, apply, add and fetch", w)
+			return fmt.Errorf("-what %s: there are build, apply, add, fetch and attest", w)
 		}
 		if err := part(); err != nil {
 			return fmt.Errorf("%s: %w", w, err)

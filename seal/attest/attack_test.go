@@ -260,7 +260,7 @@ func requote(t *testing.T, r *rig, c *Challenge, a *Answer, registers []int) {
 
 // forgeWithProgram signs the quote with a key of a program. An honest one says that it
 // is not restricted.
-func forgeWithProgram(t *testing.T, _ *Challenge, a *Answer, restricted bool) {
+func forgeWithProgram(t testing.TB, _ *Challenge, a *Answer, restricted bool) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -18,7 +18,7 @@ import (
 
 // machineLogs are the event logs of real machines in go-eventlog's test data, which has
 // go-attestation's too.
-func machineLogs(t *testing.T) map[string][]byte {
+func machineLogs(t testing.TB) map[string][]byte {
 	t.Helper()
 	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "github.com/google/go-eventlog").Output()
 	if err != nil {
@@ -45,7 +45,7 @@ func machineLogs(t *testing.T) map[string][]byte {
 
 // ofLog is an answer of a machine that has measured just what the log says. A program
 // signs it, so its key is bound to nothing.
-func ofLog(t *testing.T, raw []byte, c *Challenge) *Answer {
+func ofLog(t testing.TB, raw []byte, c *Challenge) *Answer {
 	t.Helper()
 	log, err := pcr.ParseLog(raw)
 	if err != nil {
