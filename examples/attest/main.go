@@ -1,0 +1,310 @@
+// Command attest is a verifier that a vendor can run as it is: boxes ask it for a
+// challenge and send their answers. It keeps no state but a folder, so that it can be
+// stopped at any time, and several can share the folder.
+//
+//	go run ./examples/attest -store fleet -release out/release -keys keys -roots tpm-roots -enrol
+//
+// A box, or whoever carries its files:
+//
+//	POST /challenge            -> 200, a challenge. With a first answer as the body it
+//	                              has a credential for that box: first contact.
+//	POST /answer  (an answer)  -> 200 it is good, 403 it is not; the verdict as JSON
+//
+// The folder has challenges/ (each is good for one answer), records/ (one file for each
+// box, see attest.Record), and alarms/: the verdict and the answer of each box that was
+// good before and is not any more, and of each that says it is one. With -enrol, boxes
+// that nobody knows are recorded at first contact; run it so in the factory, or while
+// boxes are handed out.
+//
+// The connection needs no secrecy, and the boxes no password: what counts is signed by
+// their TPMs. Put a proxy with TLS and a limit of requests in front of it all the same.
+package main
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/image/keys"
+	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/update"
+)
+
+func main() {
+	listen := flag.String("listen", "localhost:8443", "address")
+	store := flag.String("store", "fleet", "folder to keep challenges, records and alarms in")
+	release := flag.String("release", "", "folders of releases that may run, with commas")
+	keyDir := flag.String("keys", "", "folder with the vendor's Secure Boot certificates")
+	roots := flag.String("roots", "", "folder with the TPM manufacturers' certificates")
+	enrol := flag.Bool("enrol", false, "record boxes that nobody knows")
+	software := flag.Bool("software-tpm", false, "take TPMs that are programs")
+	cert := flag.String("cert", "", "certificate and key for TLS, in one PEM file")
+	flag.Parse()
+	v := &verifier{dir: *store, enrol: *enrol, now: time.Now, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	v.policy.SoftwareTPM = *software
+	err := v.configure(strings.Split(*release, ","), *keyDir, *roots)
+	if err == nil {
+		err = serve(*listen, *cert, v)
+	}
+	fmt.Fprintln(os.Stderr, "error:", err)
+	os.Exit(1)
+}
+
+func serve(listen, cert string, v *verifier) error {
+	s := &http.Server{Addr: listen, Handler: v.handler(), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
+	if cert == "" {
+		return s.ListenAndServe()
+	}
+	pair, err := tls.LoadX509KeyPair(cert, cert)
+	if err != nil {
+		return err
+	}
+	s.TLSConfig = &tls.Config{Certificates: []tls.Certificate{pair}}
+	return s.ListenAndServeTLS("", "")
+}
+
+// verifier is the service.
+type verifier struct {
+	policy attest.Policy
+	dir    string
+	enrol  bool
+	now    func() time.Time
+	log    *slog.Logger
+}
+
+// configure reads what answers are judged by.
+func (v *verifier) configure(releases []string, keyDir, roots string) error {
+	for _, dir := range releases {
+		text, err := os.ReadFile(filepath.Join(dir, image.ManifestName))
+		if err != nil {
+			return err
+		}
+		var m image.Manifest
+		if err := json.Unmarshal(text, &m); err != nil {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
+		r, err := m.Reference()
+		if err != nil {
+			return fmt.Errorf("%s: %w", dir, err)
+		}
+		v.policy.References = append(v.policy.References, r)
+	}
+	k, err := keys.Load(keyDir)
+	if err != nil {
+		return err
+	}
+	var lists [3][]byte
+	for i, name := range []string{keys.PK, keys.KEK, keys.DB} {
+		if lists[i], err = k.SignatureList(name); err != nil {
+			return err
+		}
+	}
+	if v.policy.Keys, err = attest.NewKeys(lists[0], lists[1], lists[2], nil); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(roots)
+	if err != nil {
+		return err
+	}
+	var files [][]byte
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(roots, e.Name()))
+		if err != nil {
+			return err
+		}
+		files = append(files, b)
+	}
+	v.policy.Roots, _, err = attest.NewRoots(files...)
+	return err
+}
+
+func (v *verifier) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("POST /challenge", v.challenge)
+	mux.HandleFunc("POST /answer", v.answer)
+	return mux
+}
+
+// body reads a request's, and refuses what is too long.
+func body(w http.ResponseWriter, r *http.Request) ([]byte, bool) {
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, attest.MaxAnswerBytes))
+	if err != nil {
+		http.Error(w, "the body cannot be read, or is too long", http.StatusRequestEntityTooLarge)
+		return nil, false
+	}
+	return b, true
+}
+
+// challenge makes one and keeps it. With an answer, it is for that box's first contact.
+func (v *verifier) challenge(w http.ResponseWriter, r *http.Request) {
+	b, ok := body(w, r)
+	if !ok {
+		return
+	}
+	var credentials []attest.Credential
+	if len(b) > 0 {
+		a, err := attest.ParseAnswer(b)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		credential, err := attest.NewCredential(a)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		credentials = append(credentials, credential)
+	}
+	c, err := attest.NewChallenge(v.now(), credentials...)
+	if err == nil {
+		err = v.write("challenges", fmt.Sprintf("%x.json", c.Nonce), c.Marshal())
+	}
+	if err != nil {
+		v.broken(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(c.Marshal()) // a box that went away asks again
+}
+
+func (v *verifier) broken(w http.ResponseWriter, err error) {
+	v.log.Error("store", "error", err)
+	http.Error(w, "the verifier's store is broken", http.StatusInternalServerError)
+}
+
+// write puts a file into a folder of the store, whole or not at all.
+func (v *verifier) write(folder, name string, content []byte) error {
+	if err := os.MkdirAll(filepath.Join(v.dir, folder), 0o755); err != nil {
+		return err
+	}
+	return update.WriteFile(filepath.Join(v.dir, folder, name), content, 0o644)
+}
+
+// answer judges one, and records the box or raises the alarm.
+func (v *verifier) answer(w http.ResponseWriter, r *http.Request) {
+	b, ok := body(w, r)
+	if !ok {
+		return
+	}
+	a, err := attest.ParseAnswer(b)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	c, err := v.claim(a)
+	if err != nil {
+		v.broken(w, err)
+		return
+	}
+	known, err := v.known(a)
+	if err != nil {
+		v.broken(w, err)
+		return
+	}
+	p := v.policy
+	p.Now, p.Known, p.MaxAge = v.now(), known, time.Hour
+	if known == nil && v.enrol {
+		p.Accept = attest.FirstContact()
+	}
+	verdict := attest.Verify(a, c, &p)
+	if err := v.keep(a, b, verdict, known); err != nil {
+		v.broken(w, err)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if !verdict.Good() {
+		w.WriteHeader(http.StatusForbidden)
+	}
+	_ = json.NewEncoder(w).Encode(verdict) // as above
+}
+
+// claim finds the challenge that the quote is over and takes it away, so that nobody's
+// second answer counts. Nil when there is none.
+func (v *verifier) claim(a *attest.Answer) (*attest.Challenge, error) {
+	dir := filepath.Join(v.dir, "challenges")
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		b, err := os.ReadFile(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // another instance took it
+		}
+		if err != nil {
+			return nil, err
+		}
+		c, err := attest.ParseChallenge(b)
+		if err != nil || v.now().Sub(c.Time) > 2*time.Hour {
+			_ = os.Remove(path) // over; if it stays, freshness fails
+			continue
+		}
+		if !a.Answers(c) {
+			continue
+		}
+		if err := os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		} else if err != nil {
+			return nil, err
+		}
+		return c, nil
+	}
+	return nil, nil
+}
+
+// known is the record of the box that the answer says it is of.
+func (v *verifier) known(a *attest.Answer) (*attest.Record, error) {
+	b, err := os.ReadFile(filepath.Join(v.dir, "records", a.RecordName()))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return attest.ParseRecord(b)
+}
+
+// keep records a good box. A known one that is not good is an alarm: somebody should
+// look, and the answer says at what.
+func (v *verifier) keep(a *attest.Answer, answer []byte, verdict attest.Verdict, known *attest.Record) error {
+	if verdict.Good() {
+		record, err := attest.NewRecord(a, verdict, known, v.now())
+		if err != nil {
+			return err
+		}
+		if known == nil {
+			v.log.Info("new box", "box", verdict.Device, "release", verdict.Release)
+		}
+		return v.write("records", a.RecordName(), record.Marshal())
+	}
+	if known == nil {
+		v.log.Warn("not good, and not known", "box", verdict.Device, "result", verdict.Result)
+		return nil
+	}
+	text, err := json.MarshalIndent(verdict, "", "  ")
+	if err != nil {
+		return err
+	}
+	for _, c := range verdict.Checks {
+		if c.Result == attest.Fail {
+			v.log.Error("ALARM: a box has changed", "box", verdict.Device, "check", c.Name, "found", c.Text, "differs", c.Event)
+		}
+	}
+	name := strings.TrimSuffix(strings.TrimPrefix(a.RecordName(), attest.RecordPrefix), ".json")
+	return errors.Join(v.write("alarms", name+".json", append(text, '\n')), v.write("alarms", name+".bin", answer))
+}

@@ -1,0 +1,162 @@
+package main
+
+import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-tpm/tpm2"
+
+	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/seal/sealtest"
+)
+
+// fleet is the service and a box.
+type fleet struct {
+	t      *testing.T
+	v      *verifier
+	server *httptest.Server
+	tpm    *sealtest.TPM
+	input  attest.Input
+}
+
+func newFleet(t *testing.T) *fleet {
+	t.Helper()
+	f, err := os.Open("../../seal/pcr/testdata/secure.json.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var series []struct {
+		Log     []byte
+		Release pcr.Release
+		Before  map[string][]byte
+	}
+	if err := json.NewDecoder(z).Decode(&series); err != nil {
+		t.Fatal(err)
+	}
+	boot, tpm := series[0], sealtest.Start(t)
+	tpm.Measure(boot.Log)
+	tpm.Extend(11, "enter-initrd")
+	tpm.Extend(11, "leave-initrd")
+	maker := sealtest.NewManufacturer(t, "Test Root of TPMs", time.Now())
+	tpm.WriteNV(0x01c0000a, maker.Certify(tpm.EK(tpm2.ECCEKTemplate), "id:49424D00"))
+	v := &verifier{dir: t.TempDir(), enrol: true, now: time.Now, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	v.policy = attest.Policy{SoftwareTPM: true, References: []attest.Reference{{Product: "ledger", Version: "1.0.0", Boot: boot.Release}}}
+	if v.policy.Keys, err = attest.NewKeys(boot.Before["PK"], boot.Before["KEK"], boot.Before["db"], boot.Before["dbx"]); err != nil {
+		t.Fatal(err)
+	}
+	if v.policy.Roots, _, err = attest.NewRoots(maker.Cert.Raw); err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewServer(v.handler())
+	t.Cleanup(s.Close)
+	return &fleet{t, v, s, tpm, attest.Input{EventLog: boot.Log, Statement: attest.Statement{
+		Product: "ledger", Release: "1.0.0", Box: "0b7d9f0e-0000-4000-8000-000000000001"}}}
+}
+
+func (f *fleet) post(path string, content []byte) (int, []byte) {
+	f.t.Helper()
+	rsp, err := http.Post(f.server.URL+path, "application/octet-stream", bytes.NewReader(content))
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	defer rsp.Body.Close()
+	b, err := io.ReadAll(rsp.Body)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return rsp.StatusCode, b
+}
+
+// ask gets a challenge and has the box answer it.
+func (f *fleet) ask(first []byte) []byte {
+	f.t.Helper()
+	code, b := f.post("/challenge", first)
+	if code != http.StatusOK {
+		f.t.Fatalf("%d %s", code, b)
+	}
+	in := f.input
+	in.Time = time.Now()
+	var err error
+	if in.Challenge, err = attest.ParseChallenge(b); err != nil {
+		f.t.Fatal(err)
+	}
+	a, err := attest.Attest(f.tpm, in)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	return a.Marshal()
+}
+
+func (f *fleet) files(folder string) int {
+	entries, _ := os.ReadDir(filepath.Join(f.v.dir, folder)) // none is 0
+	return len(entries)
+}
+
+// TestFleet: first contact, a later check, a replay, and the alarm when the box changes.
+func TestFleet(t *testing.T) {
+	f := newFleet(t)
+	first := f.ask(nil)
+	if code, b := f.post("/answer", first); code != http.StatusForbidden || f.files("records") != 0 {
+		t.Fatalf("a box whose key is bound to nothing: %d %s", code, b)
+	}
+	second := f.ask(first)
+	if code, b := f.post("/answer", second); code != http.StatusOK || f.files("records") != 1 {
+		t.Fatalf("first contact: %d %s", code, b)
+	}
+	f.v.enrol = false
+	third := f.ask(nil)
+	if code, b := f.post("/answer", third); code != http.StatusOK || f.files("alarms") != 0 {
+		t.Fatalf("later: %d %s", code, b)
+	}
+	if code, b := f.post("/answer", third); code != http.StatusForbidden {
+		t.Fatalf("replayed: %d %s", code, b)
+	}
+	if err := os.RemoveAll(filepath.Join(f.v.dir, "alarms")); err != nil {
+		t.Fatal(err)
+	}
+	f.tpm.Extend(12, "init=/bin/sh")
+	code, b := f.post("/answer", f.ask(nil))
+	var v attest.Verdict
+	if err := json.Unmarshal(b, &v); err != nil {
+		t.Fatal(err)
+	}
+	if code != http.StatusForbidden || v.Of(attest.CheckExtras).Result != attest.Fail || f.files("alarms") != 2 {
+		t.Errorf("a command line from outside: %d %s; %d files of alarms", code, b, f.files("alarms"))
+	}
+	if f.files("challenges") != 0 {
+		t.Errorf("%d challenges are left", f.files("challenges"))
+	}
+}
+
+// TestStranger: nobody is recorded unless boxes are being enrolled, and what is no
+// answer is refused.
+func TestStranger(t *testing.T) {
+	f := newFleet(t)
+	f.v.enrol = false
+	if code, b := f.post("/answer", f.ask(f.ask(nil))); code != http.StatusForbidden || f.files("records")+f.files("alarms") != 0 {
+		t.Errorf("a box that nobody knows: %d %s", code, b)
+	}
+	for _, path := range []string{"/answer", "/challenge"} {
+		if code, b := f.post(path, []byte("no answer")); code != http.StatusBadRequest {
+			t.Errorf("%s: %d %s", path, code, b)
+		}
+		if code, b := f.post(path, make([]byte, attest.MaxAnswerBytes+1)); code != http.StatusRequestEntityTooLarge {
+			t.Errorf("%s, too long: %d %s", path, code, b)
+		}
+	}
+}
