@@ -215,6 +215,18 @@ func (k *Keeper) begin() (s *situation, unlock func(), err error) {
 	return s, unlock, err
 }
 
+// lockout is what the TPM counts now.
+func (k *Keeper) lockout() (seal.Lockout, error) {
+	tpm, err := k.OpenTPM()
+	if err != nil {
+		return seal.Lockout{}, err
+	}
+	if c, ok := tpm.(io.Closer); ok {
+		defer c.Close()
+	}
+	return seal.ReadLockout(tpm)
+}
+
 // ask asks the TPM for its registers, and its counter where the policy has one.
 func (k *Keeper) ask(s *situation) error {
 	tpm, err := k.OpenTPM()

@@ -225,6 +225,7 @@ func (s *Status) describe(k *Keeper) {
 		return
 	}
 	s.setStates(tokens, k.Opened, k.Damaged, known)
+	s.setLockout(k.lockout())
 }
 
 // describeHere completes what the initrd left, where no agent runs.

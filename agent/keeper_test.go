@@ -43,6 +43,8 @@ type platform struct {
 	// others are programs of somebody else, by the start that they come before: 0 is the
 	// boot loader's, and the last one is behind all.
 	others map[int]string
+	// forge leaves a record out of the log.
+	forge bool
 }
 
 func newPlatform(secureBoot bool) *platform {
@@ -260,7 +262,13 @@ func (st *station) try(typed string) error {
 	st.fw.loader = st.loaderOnDisk()
 	st.fw.boot(st.t, r.Version)
 	st.policy.Epoch = cmp.Or(st.epochs[r.Version], st.policy.Epoch)
-	st.version, st.slot, st.log = r.Version, string(st.a.on.Slot), st.fw.log.Marshal()
+	log := st.fw.log
+	if st.fw.forge {
+		log.Events = slices.DeleteFunc(slices.Clone(log.Events), func(e pcr.Event) bool {
+			return string(e.Data) == "option ROM" || strings.HasPrefix(string(e.Data), "roothash")
+		})
+	}
+	st.version, st.slot, st.log = r.Version, string(st.a.on.Slot), log.Marshal()
 	st.signatures = signaturesOf(st.t, r.Version, uint64(st.policy.Epoch))
 	st.onTrial = st.a.on.Counted
 	st.authorisation = func() ([]byte, error) { return readAuthorisation(st.a.disk()) }
@@ -410,6 +418,43 @@ func TestUpdatesOfEachPolicy(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestCommandsOfABoot: what a later boot asks of the TPM, everything included, is 12
+// commands at most, whatever the policy and however many volumes; without an event log
+// it is one more.
+func TestCommandsOfABoot(t *testing.T) {
+	var table []string
+	for _, policy := range []string{seal.PolicyStandard, seal.PolicyStrict, seal.PolicyRollbackProof, seal.PolicyDiskTheftOnly} {
+		for _, pin := range []bool{false, true} {
+			typed := ""
+			first := ""
+			if pin {
+				typed, first = "1234\n", "1234\n1234\n"
+			}
+			st := newStationTyped(t, image.SealPolicy{Policy: policy, Epoch: 1, PIN: pin}, true, first)
+			st.mustSettle()
+			st.tpm.Forgive()
+			st.start(typed, "tpm")
+			n := 0
+			for _, times := range st.s.tpmLog.sent {
+				n += times
+			}
+			table = append(table, fmt.Sprintf("%s, PIN %v: %d", policy, pin, n))
+			if n > 12 || st.s.status.Boot.TPMCommands != n {
+				t.Errorf("%s, PIN %v: %d commands, status says %d: %v", policy, pin, n, st.s.status.Boot.TPMCommands, st.s.tpmLog.sent)
+			}
+			// A log that is wrong costs commands, and nothing else.
+			st.mustSettle()
+			st.tpm.Forgive()
+			st.fw.forge = true
+			st.start(typed, "tpm")
+			if out := st.s.console.out.String(); strings.Count(out, "PIN (or") > 1 {
+				t.Errorf("%s: %s", policy, out)
+			}
+		}
+	}
+	t.Log("TPM commands of a later boot with two volumes:\n" + strings.Join(table, "\n"))
 }
 
 // TestProgramsOfOthers: what the firmware starts besides the release, before the boot
@@ -994,5 +1039,124 @@ func TestStatusOfStates(t *testing.T) {
 	}
 	if !slices.Equal(status.SealedPCRs, []int{0, 2, 4, 7, 11}) || len(status.PCRs) == 0 {
 		t.Errorf("sealed PCRs %v, registers %v", status.SealedPCRs, status.PCRs)
+	}
+}
+
+// TestLockoutInStatus: wrong PINs are counted, and a lockout is named with the time that
+// is left (F32, F35).
+func TestLockoutInStatus(t *testing.T) {
+	for _, pin := range []bool{true, false} {
+		st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+		st.mustSettle()
+		show := func() (Status, string) {
+			t.Helper()
+			s := st.s.status
+			s.describe(st.k)
+			var b strings.Builder
+			if _, err := s.WriteTo(&b); err != nil {
+				t.Fatal(err)
+			}
+			return s, b.String()
+		}
+		if s, text := show(); s.Lockout == nil || s.Lockout.In || s.Lockout.Count != 0 || !strings.Contains(text, "TPM       0 of ") {
+			t.Errorf("%+v\n%s", s.Lockout, text)
+		}
+		st.mustSetPIN("4711")
+		tokens := tokensOn(t, st.box)
+		if !pin {
+			st.mustSetPIN("")
+		}
+		l, err := seal.ReadLockout(st.tpm)
+		if err != nil {
+			t.Fatal(err)
+		}
+		signatures, err := seal.ParseSignatures(st.signatures)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// As in the initrd, where PCR 11 is what was signed.
+		st.tpm.Reset()
+		st.fw.boot(t, st.version)
+		if err := seal.ExtendPCR(st.tpm, phasePCR, []byte(phaseEnterInitrd)); err != nil {
+			t.Fatal(err)
+		}
+		for range l.Max {
+			if _, err := seal.Unseal(st.tpm, tokens[0], signatures, []byte("0000")); err == nil {
+				t.Fatal("a wrong PIN opens")
+			}
+		}
+		s, text := show()
+		if s.Lockout == nil || !s.Lockout.In || s.Lockout.WaitSec == 0 || !strings.Contains(text, "TPM       LOCKOUT: no PIN is taken for up to ") {
+			t.Errorf("%+v\n%s", s.Lockout, text)
+		}
+		p := strings.Join(s.Problems, "\n")
+		if !strings.Contains(p, "dictionary-attack lockout: for up to ") || pin == strings.Contains(p, "not concerned") {
+			t.Errorf("PIN %v: problems %q", pin, p)
+		}
+		st.noTPM = errors.New("the bus is dead")
+		if _, text := show(); !strings.Contains(text, "lockout not known: the bus is dead") {
+			t.Errorf("without a TPM:\n%s", text)
+		}
+	}
+}
+
+// switchedOff is a TPM whose power goes at a command.
+type switchedOff struct {
+	seal.TPM
+	off func()
+	at  int
+}
+
+func (s *switchedOff) Send(command []byte) ([]byte, error) {
+	if s.at--; s.at < 0 {
+		return nil, errors.New("the power is off")
+	}
+	answer, err := s.TPM.Send(command)
+	if s.at == 0 {
+		s.off()
+	}
+	return answer, err
+}
+
+// TestHardKillsDoNotLock: 50 power cuts, each behind another command of a boot or of the
+// settling in it, leave the TPM's count of failures where it was, and the box opens (F31).
+func TestHardKillsDoNotLock(t *testing.T) {
+	for _, policy := range []string{seal.PolicyStandard, seal.PolicyStrict, seal.PolicyRollbackProof} {
+		t.Run(policy, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: policy, Epoch: 1}, true)
+			st.mustSettle()
+			seen := 0
+			for cut := range 50 {
+				st.tpm.Reset()
+				st.fw.boot(t, st.version)
+				st.log = st.fw.log.Marshal()
+				s := st.session("")
+				power := &switchedOff{TPM: st.tpm, off: st.tpm.Reset, at: 1 + cut%25}
+				s.m.OpenTPM = func() (seal.TPM, error) { return power, nil }
+				err := s.m.EnterPhase(phaseEnterInitrd)
+				if err == nil {
+					if err = s.open(); err == nil {
+						err = s.m.Leave(&s.status)
+					}
+				}
+				if err == nil { // the cut comes later, or with the next start
+					k := *st.k
+					k.Root = s.m.Root
+					k.OpenTPM = s.m.OpenTPM
+					_, err = k.Settle()
+				}
+				if err != nil {
+					seen++
+				}
+			}
+			if seen < 15 {
+				t.Errorf("%d of 50 cuts hit a command that was needed", seen)
+			}
+			if l, err := seal.ReadLockout(st.tpm); err != nil || l.Count != 0 || l.In {
+				t.Errorf("after 50 power cuts: %+v, %v", l, err)
+			}
+			st.start("", "tpm")
+			st.mustSettle()
+		})
 	}
 }

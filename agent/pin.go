@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/update"
 )
 
@@ -37,7 +38,7 @@ var errRecoveryWanted = errors.New("the recovery key was asked for instead of th
 
 // askPIN asks at the console until the TPM takes the PIN. Its own count of wrong ones
 // ends the guessing.
-func (m *Machine) askPIN(tpm seal.TPM, tokens []seal.Token, signatures seal.Signatures) (secret []byte, i int, err error) {
+func (m *Machine) askPIN(tpm seal.TPM, tokens []seal.Token, now map[int]pcr.Digest, signatures seal.Signatures) (secret []byte, i int, err error) {
 	for {
 		line, err := m.askHidden("PIN (or: recovery, reboot, poweroff): ")
 		if err != nil {
@@ -58,7 +59,7 @@ func (m *Machine) askPIN(tpm seal.TPM, tokens []seal.Token, signatures seal.Sign
 			continue
 		}
 		pin := []byte(line)
-		secret, i, err := seal.UnsealAny(tpm, tokens, signatures, pin)
+		secret, i, err := seal.UnsealWith(tpm, tokens, now, signatures, pin)
 		luks2.Wipe(pin)
 		if !errors.Is(err, seal.ErrWrongPIN) {
 			return secret, i, err

@@ -653,7 +653,7 @@ func splitNames(names string) []string {
 }
 
 // merge appends what is not there yet.
-func merge(list, more []string) []string {
+func merge[T comparable](list, more []T) []T {
 	for _, m := range more {
 		if !slices.Contains(list, m) {
 			list = append(list, m)

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
@@ -214,6 +215,8 @@ type StateStatus struct {
 	// volume's keyslot for it is damaged.
 	Damaged bool     `json:"damaged,omitempty"`
 	Rules   []string `json:"rules"` // the whole policy, a line a rule (F5)
+	// PIN says that the TPM wants a PIN too.
+	PIN bool `json:"pin,omitempty"`
 	// Sealed is the SHA-256 of the sealed object: one that is made anew for the same
 	// policy has another.
 	Sealed string `json:"sealed"`
@@ -236,7 +239,7 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, damaged strin
 			}
 		}
 		state.Opened, state.Sealed = opened == t.PolicyHash, sealedID(t)
-		state.Damaged = damaged == state.Sealed
+		state.Damaged, state.PIN = damaged == state.Sealed, t.PIN
 		s.States = append(s.States, state)
 		if s.Rules == nil || state.Opened {
 			s.Rules, s.SealedPCRs = state.Rules, t.PCRs
@@ -250,6 +253,26 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, damaged strin
 	s.Degraded = slices.Sorted(maps.Keys(weak))
 	if len(tokens) == 0 {
 		s.Problems = append(s.Problems, "no TPM keyslot: only the recovery key opens the data volumes")
+	}
+}
+
+// setLockout notes what the TPM counts. A lockout is a problem where a PIN is asked for;
+// without one it keeps nobody out, and says that somebody guesses, or that power cuts are
+// counted (F31).
+func (s *Status) setLockout(l seal.Lockout, err error) {
+	if errors.Is(err, seal.ErrNoTPM) {
+		return // other lines speak of that
+	}
+	s.Lockout = &LockoutStatus{In: l.In, Count: l.Count, Max: l.Max, ForgiveSec: l.ForgiveSec, WaitSec: l.WaitSec}
+	if err != nil {
+		s.Lockout.Error = err.Error()
+	}
+	if l.In {
+		text := fmt.Sprintf("the TPM is in dictionary-attack lockout: for up to %v more, with the power on, it takes no PIN", time.Duration(l.WaitSec)*time.Second)
+		if !slices.ContainsFunc(s.States, func(t StateStatus) bool { return t.PIN }) {
+			text += "; the data volumes open without one and are not concerned"
+		}
+		s.Problems = append(s.Problems, text)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 	"unicode"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -39,8 +40,10 @@ type Status struct {
 	// good, and after a hand-off.
 	Keys *SecureBootStatus `json:"secure_boot_keys,omitempty"`
 	// PCRs are registers at the moment the volumes were opened, in hex, as far as they
-	// were read then: what the policy binds of them, or all after a refusal.
+	// are known: those that the state that opened binds, or all after a refusal.
 	PCRs map[int]string `json:"pcrs,omitempty"`
+	// Lockout is what the TPM counts against guessing of PINs; nil when it was not asked.
+	Lockout *LockoutStatus `json:"tpm_lockout,omitempty"`
 	// Repaired says, after a boot that the recovery key opened, that the TPM opens again.
 	Repaired string   `json:"repaired,omitempty"`
 	Degraded []string `json:"degraded,omitempty"` // why protection is less than the policy's best
@@ -57,6 +60,28 @@ type Status struct {
 	// ResidentBytes is the agent's memory now, PeakBytes the most it has had.
 	ResidentBytes int64 `json:"resident_bytes,omitempty"`
 	PeakBytes     int64 `json:"peak_bytes,omitempty"`
+}
+
+// LockoutStatus is a TPM's count of failed authorizations (F32, F35).
+type LockoutStatus struct {
+	In         bool   `json:"in_lockout"`
+	Count      uint32 `json:"failures"`
+	Max        uint32 `json:"max_failures"`        // lockout begins here
+	ForgiveSec uint32 `json:"forgive_one_sec"`     // until one failure is forgiven
+	WaitSec    uint64 `json:"wait_sec,omitempty"`  // in lockout, at most, with the power on
+	Error      string `json:"not_known,omitempty"` // why the TPM did not say
+}
+
+func (l *LockoutStatus) line() string {
+	every := (time.Duration(l.ForgiveSec) * time.Second).String()
+	switch {
+	case l.Error != "":
+		return "lockout not known: " + l.Error
+	case l.In:
+		return fmt.Sprintf("LOCKOUT: no PIN is taken for up to %v more with the power on; %d of %d failures counted, one is forgiven every %s",
+			time.Duration(l.WaitSec)*time.Second, l.Count, l.Max, every)
+	}
+	return fmt.Sprintf("%d of %d failures counted against guessing, one is forgiven every %s", l.Count, l.Max, every)
 }
 
 // SlotStatus is one installed release.
@@ -142,6 +167,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(&b, "PROBLEM   %s\n", p)
+	}
+	if s.Lockout != nil {
+		fmt.Fprintf(&b, "TPM       %s\n", s.Lockout.line())
 	}
 	if s.Repaired != "" {
 		fmt.Fprintf(&b, "repaired  %s\n", s.Repaired)

@@ -10,7 +10,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"time"
 
@@ -92,6 +94,7 @@ type Machine struct {
 	damaged *seal.Token   // the state that it opened in vain
 	secret  []byte        // that the TPM gave for it
 	now     map[int]pcr.Digest
+	phases  []string // measured in this boot
 }
 
 // recordedPCRs are kept beside the seal to explain a refusal later; boundPCRs are
@@ -136,9 +139,7 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 			luks2.Wipe(v.key)
 		}
 		luks2.Wipe(m.secret)
-		if m.tpm != nil {
-			s.Boot.TPMMilliseconds, s.Boot.TPMCommands = m.tpm.spent.Milliseconds(), m.tpm.commands
-		}
+		m.countTPM(s)
 	}()
 	fresh, err := unprovisioned(vols)
 	if err != nil {
@@ -154,6 +155,13 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 	}
 	m.describe(b, vols, s)
 	return m.seenIdentity(vols)
+}
+
+// countTPM notes what the TPM has been asked so far in this boot.
+func (m *Machine) countTPM(s *Status) {
+	if m.tpm != nil {
+		s.Boot.TPMMilliseconds, s.Boot.TPMCommands = m.tpm.spent.Milliseconds(), m.tpm.commands
+	}
 }
 
 // unprovisioned says whether the disk is as it came from the builder. The first
@@ -286,16 +294,12 @@ func (m *Machine) unseal(v *volume) (passphrase []byte, slot int, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	secret, i, err := seal.UnsealAny(tpm, tokens, signatures, nil)
-	if errors.Is(err, seal.ErrPINNeeded) {
-		secret, i, err = m.askPIN(tpm, tokens, signatures)
-	}
+	secret, i, err := m.ask(tpm, tokens, signatures)
 	if err != nil {
 		m.changes = m.explain(v.header, tpm)
 		return nil, 0, err
 	}
 	m.opened, m.secret = &tokens[i], secret
-	m.remember(tpm)
 	slot, err = strconv.Atoi(tokens[i].Keyslots[0]) // ParseToken has seen to one
 	return seal.Passphrase(secret), slot, err
 }
@@ -308,15 +312,78 @@ func (m *Machine) openedHash() (d pcr.Digest) {
 	return d
 }
 
-// remember keeps the registers as they are at the moment of unsealing: PCR 11 is
-// another one when the initrd has been left.
-func (m *Machine) remember(tpm seal.TPM) {
-	now, err := seal.ReadPCRs(tpm, boundPCRs)
-	if err != nil {
-		m.Log.Warn("registers not read", "error", err)
-		return
+// ask asks the TPM for the secret of the state that this boot fulfils, and a person for
+// the PIN if there has to be one. The registers are known from the firmware's event log,
+// as far as the log is right: the TPM is asked for them only where it refuses, or where
+// they fit no state.
+func (m *Machine) ask(tpm seal.TPM, tokens []seal.Token, signatures seal.Signatures) (secret []byte, i int, err error) {
+	bound := slices.Clone(boundPCRs)
+	for _, t := range tokens {
+		bound = merge(bound, t.Policy("").Bound())
 	}
-	m.now = now
+	logged := m.logged(bound)
+	if logged != nil {
+		if secret, i, err = m.askWith(tpm, tokens, logged, signatures); err == nil {
+			m.keepNow(logged, tokens[i])
+			return secret, i, nil
+		}
+		var refused *seal.PolicyError
+		if !errors.As(err, &refused) {
+			return nil, i, err
+		}
+	}
+	now, err2 := seal.ReadPCRs(tpm, bound)
+	if err2 != nil {
+		return nil, -1, errors.Join(err2, err)
+	}
+	if logged != nil && maps.Equal(logged, now) {
+		return nil, i, err // there is nothing else to try
+	}
+	if secret, i, err = m.askWith(tpm, tokens, now, signatures); err == nil {
+		m.now = now
+	}
+	return secret, i, err
+}
+
+func (m *Machine) askWith(tpm seal.TPM, tokens []seal.Token, now map[int]pcr.Digest, signatures seal.Signatures) (secret []byte, i int, err error) {
+	secret, i, err = seal.UnsealWith(tpm, tokens, now, signatures, nil)
+	if errors.Is(err, seal.ErrPINNeeded) {
+		return m.askPIN(tpm, tokens, now, signatures)
+	}
+	return secret, i, err
+}
+
+// logged are the registers as the event log has them, with the phases of this boot; nil
+// where it does not lead to all of them.
+func (m *Machine) logged(bound []int) map[int]pcr.Digest {
+	raw, err := m.EventLog()
+	if err != nil {
+		return nil
+	}
+	log, err := pcr.ParseLog(raw)
+	if err != nil {
+		return nil
+	}
+	replayed, values := log.Replay(), map[int]pcr.Digest{}
+	for _, index := range bound {
+		v, ok := replayed[index]
+		if !ok && len(log.Of(index)) > 0 || !ok && index != 12 {
+			return nil // 12 is zero as long as nothing is measured into it
+		}
+		values[index] = v
+	}
+	for _, phase := range m.phases {
+		values[phasePCR] = pcr.Extend(values[phasePCR], []byte(phase))
+	}
+	return values
+}
+
+// keepNow takes for true of the log's registers what the TPM has opened by.
+func (m *Machine) keepNow(logged map[int]pcr.Digest, opened seal.Token) {
+	m.now = map[int]pcr.Digest{}
+	for _, index := range opened.Policy("").Bound() {
+		m.now[index] = logged[index]
+	}
 }
 
 func (m *Machine) signatures() (seal.Signatures, error) {
@@ -505,7 +572,11 @@ func (m *Machine) EnterPhase(phase string) error {
 	if err != nil {
 		return err
 	}
-	return seal.ExtendPCR(tpm, phasePCR, []byte(phase))
+	if err := seal.ExtendPCR(tpm, phasePCR, []byte(phase)); err != nil {
+		return err
+	}
+	m.phases = append(m.phases, phase)
+	return nil
 }
 
 // Leave measures the end of the initrd: from then on no key can be had in this
@@ -518,6 +589,7 @@ func (m *Machine) EnterPhase(phase string) error {
 // keys in the kernel's memory before him anyway.
 func (m *Machine) Leave(s *Status) error {
 	err := m.EnterPhase(phaseLeaveInitrd)
+	m.countTPM(s)
 	if err == nil {
 		return nil
 	}

@@ -75,7 +75,7 @@ func Check(t TPM) (Fitness, error) {
 	f.Firmware = fmt.Sprintf("%d.%d.%d.%d", v1>>16, v1&0xffff, v2>>16, v2&0xffff)
 	permanent := variable[tpm2.TPMPTPermanent] // TPMA_PERMANENT, Part 2 §8.6
 	f.OwnerAuthSet = permanent&(1<<0) != 0
-	f.InLockout = permanent&(1<<9) != 0
+	f.InLockout = permanent&permanentInLockout != 0
 	f.LockoutCount = variable[tpm2.TPMPTLockoutCounter]
 	f.LockoutMax = variable[tpm2.TPMPTMaxAuthFail]
 	f.LockoutSec = variable[tpm2.TPMPTLockoutInterval]

@@ -58,9 +58,17 @@ func choose(t TPM, tokens []Token, signatures Signatures) (choice, error) {
 		bound = append(bound, token.Policy("token").Bound()...)
 	}
 	slices.Sort(bound)
-	var err error
-	if found.now, err = ReadPCRs(t, slices.Compact(bound)); err != nil {
+	now, err := ReadPCRs(t, slices.Compact(bound))
+	if err != nil {
 		return found, err
+	}
+	return chooseWith(t, tokens, now, signatures)
+}
+
+func chooseWith(t TPM, tokens []Token, now map[int]pcr.Digest, signatures Signatures) (choice, error) {
+	found := choice{closest: -1, now: now}
+	if len(tokens) == 0 {
+		return found, errors.New("there is no TPM token")
 	}
 	foreign, err := otherKey(t, tokens)
 	if err != nil {

@@ -831,6 +831,14 @@ func TestLockout(t *testing.T) {
 	if f, _ = Check(tpm); !f.InLockout {
 		t.Error("Check does not see the lockout")
 	}
+	l, err := ReadLockout(tpm)
+	if err != nil || !l.In || l.Count < l.Max || l.WaitSec == 0 || l.WaitSec != lockout.WaitSec {
+		t.Errorf("lockout %+v, %v", l, err)
+	}
+	tpm.Forgive()
+	if l, err = ReadLockout(tpm); err != nil || l.In || l.Count != 0 || l.WaitSec != 0 || l.ForgiveSec == 0 {
+		t.Errorf("lockout, forgiven: %+v, %v", l, err)
+	}
 	if problems := f.Problems([]int{7}); !slices.ContainsFunc(problems, func(p Problem) bool { return p.Code == "lockout" && !p.Blocks }) {
 		t.Errorf("problems %v", problems)
 	}

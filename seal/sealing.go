@@ -167,6 +167,20 @@ func Unseal(t TPM, token Token, signatures Signatures, pin []byte) ([]byte, erro
 func UnsealAny(t TPM, tokens []Token, signatures Signatures, pin []byte) (secret []byte, i int, err error) {
 	t = patient{t}
 	found, err := choose(t, tokens, signatures)
+	return unsealFound(t, tokens, found, err, signatures, pin)
+}
+
+// UnsealWith is [UnsealAny] with registers that the caller knows, all that the tokens
+// name: it does not read them. They may come from the firmware's event log, which nobody
+// vouches for: they choose the token, and the TPM decides. Where it refuses although they
+// fit, read the registers ([ReadPCRs]) and compare.
+func UnsealWith(t TPM, tokens []Token, now map[int]pcr.Digest, signatures Signatures, pin []byte) (secret []byte, i int, err error) {
+	t = patient{t}
+	found, err := chooseWith(t, tokens, now, signatures)
+	return unsealFound(t, tokens, found, err, signatures, pin)
+}
+
+func unsealFound(t TPM, tokens []Token, found choice, err error, signatures Signatures, pin []byte) (secret []byte, i int, _ error) {
 	if err != nil {
 		return nil, found.closest, fmt.Errorf("unseal: %w", tpmError(t, err))
 	}
@@ -390,15 +404,47 @@ func tpmError(t TPM, err error) error {
 }
 
 func lockoutError(t TPM) error {
-	v, err := properties(t, tpm2.TPMPTPermanent, 20)
+	l, err := ReadLockout(t)
 	if err != nil {
 		return &LockoutError{}
 	}
-	e := &LockoutError{Counter: v[tpm2.TPMPTLockoutCounter], Max: v[tpm2.TPMPTMaxAuthFail]}
-	over := uint64(1)
-	if e.Counter > e.Max {
-		over += uint64(e.Counter - e.Max)
+	return &LockoutError{Counter: l.Count, Max: l.Max, WaitSec: l.wait()}
+}
+
+// Lockout is what the TPM counts against guessing of PINs (Part 1 §19.8). Keys without a
+// PIN are not concerned.
+type Lockout struct {
+	In         bool   // no PIN is taken
+	Count, Max uint32 // failed authorizations so far; lockout begins at Max
+	// ForgiveSec is the time, while the TPM is powered, until one failure is forgiven.
+	ForgiveSec uint32
+	// WaitSec is, in lockout, the longest time until the TPM takes one more try.
+	WaitSec uint64
+}
+
+// ReadLockout asks the TPM, with one command.
+func ReadLockout(t TPM) (l Lockout, err error) {
+	v, err := properties(patient{t}, tpm2.TPMPTPermanent, 20)
+	if err != nil {
+		return l, err
 	}
-	e.WaitSec = over * uint64(v[tpm2.TPMPTLockoutInterval])
-	return e
+	l = Lockout{
+		In: v[tpm2.TPMPTPermanent]&permanentInLockout != 0, Count: v[tpm2.TPMPTLockoutCounter],
+		Max: v[tpm2.TPMPTMaxAuthFail], ForgiveSec: v[tpm2.TPMPTLockoutInterval],
+	}
+	if l.In {
+		l.WaitSec = l.wait()
+	}
+	return l, nil
+}
+
+// permanentInLockout is a bit of TPMA_PERMANENT, Part 2 §8.6.
+const permanentInLockout = 1 << 9
+
+func (l Lockout) wait() uint64 {
+	over := uint64(1)
+	if l.Count > l.Max {
+		over += uint64(l.Count - l.Max)
+	}
+	return over * uint64(l.ForgiveSec)
 }
