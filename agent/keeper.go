@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -555,6 +556,40 @@ func (k *Keeper) inForce() (tokens []seal.Token, known []map[int]pcr.Digest, err
 		known = append(known, pcrValues(values))
 	}
 	return tokens, known, nil
+}
+
+// otherKeys says which keyslots open the volumes besides those of the TPM's states, the
+// recovery key and the management key: what somebody has added holds whatever the policy.
+func (k *Keeper) otherKeys() (list []string) {
+	for _, p := range k.Volumes {
+		h, _, err := luks2.Read(p.Device, p.Device.Size())
+		if err != nil {
+			continue // said where the states are read
+		}
+		named := map[int]bool{}
+		for _, raw := range h.Tokens() {
+			for _, slot := range tokenSlots(raw) {
+				named[slot] = named[slot] || seal.IsTokenType(tokenType(raw)) || tokenType(raw) == recoveryTokenType
+			}
+		}
+		var others []string
+		cheap := 0
+		for _, s := range h.Keyslots() {
+			if named[s.ID] {
+				continue
+			}
+			if s.KDF == luks2.HighEntropyKDF() {
+				cheap++ // the management key's, and no other
+			}
+			if s.KDF != luks2.HighEntropyKDF() || cheap > 1 {
+				others = append(others, strconv.Itoa(s.ID))
+			}
+		}
+		if len(others) > 0 {
+			list = append(list, fmt.Sprintf("data volume %s opens without the TPM by what somebody has put into keyslot %s", p.Name, strings.Join(others, ", ")))
+		}
+	}
+	return list
 }
 
 // noteOwn keeps what the log says of the release that runs, for when the other one does.

@@ -225,6 +225,7 @@ func (s *Status) describe(k *Keeper) {
 		return
 	}
 	s.setStates(tokens, k.Opened, k.Damaged, known)
+	s.Degraded = append(s.Degraded, k.otherKeys()...)
 	s.setLockout(k.lockout())
 }
 

@@ -1034,7 +1034,8 @@ func TestStatusOfStates(t *testing.T) {
 	}
 	var b strings.Builder
 	status.WriteTo(&b)
-	if !strings.Contains(b.String(), "state     slot a 1.0.0, which opened") || !strings.Contains(b.String(), "state     slot b 1.1.0\n") {
+	other := "state     slot b 1.1.0\n            " + strings.Join(status.States[1].Rules, "\n            ") + "\n"
+	if !strings.Contains(b.String(), "state     slot a 1.0.0, which opened") || !strings.Contains(b.String(), other) {
 		t.Errorf("status:\n%s", b.String())
 	}
 	if !slices.Equal(status.SealedPCRs, []int{0, 2, 4, 7, 11}) || len(status.PCRs) == 0 {
@@ -1158,5 +1159,65 @@ func TestHardKillsDoNotLock(t *testing.T) {
 			st.start("", "tpm")
 			st.mustSettle()
 		})
+	}
+}
+
+// TestStatusIsWhole: a state that the header tells less of than the TPM asks for, and a
+// key that somebody has added, are not passed over (F5, F55).
+func TestStatusIsWhole(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	st.mustSettle()
+	show := func() (status Status) {
+		t.Helper()
+		status = st.s.status
+		status.describe(st.k)
+		return status
+	}
+	if s := show(); len(s.Degraded) != 0 || strings.Contains(strings.Join(s.Rules, ""), "NOT TRUE") {
+		t.Errorf("degraded %q, rules %q", s.Degraded, s.Rules)
+	}
+	p := st.parts()[1]
+	edit := func(p Partition, change func(h *luks2.Header, key []byte)) {
+		t.Helper()
+		passphrase, err := os.ReadFile(filepath.Join(st.k.Root, p.Volume.Mount, stateFolder, managementKeyFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, _, err := luks2.Read(p.Device, p.Device.Size())
+		if err != nil {
+			t.Fatal(err)
+		}
+		key, _, err := h.Unlock(p.Device, passphrase)
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(h, key)
+		if err := h.Write(p.Device); err != nil {
+			t.Fatal(err)
+		}
+	}
+	edit(p, func(h *luks2.Header, key []byte) {
+		for _, k := range []luks2.KDF{{Type: luks2.PBKDF2, Hash: "sha256", Iterations: 1000}, luks2.HighEntropyKDF()} {
+			if _, err := h.AddKeyslot(key, []byte("somebody's"), k, nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+	if s := show(); len(s.Degraded) != 1 || !strings.Contains(s.Degraded[0], "data volume media opens without the TPM") || !strings.HasSuffix(s.Degraded[0], "keyslot 3, 4") {
+		t.Errorf("degraded %q", s.Degraded)
+	}
+	edit(st.parts()[0], func(h *luks2.Header, _ []byte) {
+		token := tpmTokens(h)[0]
+		token.PCRs = nil
+		raw, err := token.Marshal()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := h.SetToken(token.id, raw); err != nil {
+			t.Fatal(err)
+		}
+	})
+	if s := show(); !strings.Contains(strings.Join(s.Rules, "\n"), "NOT TRUE") {
+		t.Errorf("rules %q", s.Rules)
 	}
 }

@@ -228,16 +228,12 @@ func (s *Status) setStates(tokens []seal.Token, opened pcr.Digest, damaged strin
 	s.States, s.Rules, s.SealedPCRs = nil, nil, nil
 	weak := map[string]bool{}
 	for _, t := range tokens {
-		policy, valued := explained(t, s.Policy, known)
+		name := s.Policy
 		if slices.Contains(splitNames(t.For), suspendedName) {
-			policy.Name = suspendedName
+			name = suspendedName
 		}
-		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: policy.Describe()}
-		for i, l := range state.Rules {
-			if !valued {
-				state.Rules[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
-			}
-		}
+		policy, rules := t.Describe(name, known...)
+		state := StateStatus{For: t.For, PolicyHash: hex.EncodeToString(t.PolicyHash[:]), Rules: rules}
 		state.Opened, state.Sealed = opened == t.PolicyHash, sealedID(t)
 		state.Damaged, state.PIN = damaged == state.Sealed, t.PIN
 		s.States = append(s.States, state)
@@ -280,22 +276,6 @@ func (s *Status) setLockout(l seal.Lockout, err error) {
 func sealedID(t seal.Token) string {
 	sum := sha256.Sum256(slices.Concat(t.Public, t.Private))
 	return hex.EncodeToString(sum[:])
-}
-
-// explained is the token's policy with those of the known values that lead to its hash.
-func explained(t seal.Token, name string, known []map[int]pcr.Digest) (p seal.Policy, ok bool) {
-	for _, values := range known {
-		p := t.Policy(name)
-		complete := true
-		for i := range p.PCRs {
-			v, ok := values[i]
-			p.PCRs[i], complete = v, complete && ok
-		}
-		if digest, err := p.Digest(); complete && err == nil && digest == t.PolicyHash {
-			return p, true
-		}
-	}
-	return t.Policy(name), false
 }
 
 // pcrTexts is for status; nil stays nil.

@@ -3,6 +3,7 @@ package agent
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -158,6 +159,11 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 			opened = ", whose keyslot is damaged on a data volume"
 		}
 		fmt.Fprintf(&b, "state     %s%s\n", orNone(t.For), opened)
+		if !slices.Equal(t.Rules, s.Rules) {
+			for _, r := range t.Rules {
+				fmt.Fprintf(&b, "            %s\n", r)
+			}
+		}
 	}
 	if s.Keys != nil {
 		s.Keys.lines(&b)

@@ -169,6 +169,46 @@ func (t Token) policyNow(now map[int]pcr.Digest) Policy {
 	return p
 }
 
+// Describe lists, for people, all that the sealed object is bound to (F5, F55); name is
+// [Policy.Name]. A token tells the parts of its policy, and nobody vouches for what it
+// tells; the object holds a hash. Register values that lead from the one to the other,
+// looked for in known, show that the list is true and whole; otherwise the last line says
+// how much of it is.
+func (t Token) Describe(name string, known ...map[int]pcr.Digest) (p Policy, lines []string) {
+	p = t.Policy(name)
+	if len(p.PCRs) == 0 {
+		known = append(known, nil)
+	}
+	proven := false
+	for _, values := range known {
+		with, complete := t.Policy(name), true
+		for i := range with.PCRs {
+			v, ok := values[i]
+			with.PCRs[i], complete = v, complete && ok
+		}
+		if digest, err := with.Digest(); complete && err == nil && digest == t.PolicyHash {
+			p, proven = with, true
+			break
+		}
+	}
+	lines = p.Describe()
+	if !proven {
+		for i, l := range lines {
+			lines[i] = strings.Replace(l, fmt.Sprintf("exactly %x", pcr.Digest{}), "one value, of which only the policy's hash is kept", 1)
+		}
+	}
+	switch {
+	case !proven && len(p.PCRs) > 0:
+		lines = append(lines, "as the token says: without the values that were sealed to, nobody can tell whether that is all")
+	case !proven:
+		lines = append(lines, "NOT TRUE: the sealed object is bound to something else than its token says")
+	}
+	if public, err := unmarshalPublic(t.Public); err == nil && !t.PIN && !public.ObjectAttributes.NoDA {
+		lines = append(lines, "without noDA: the TPM counts power cuts as wrong guesses (F31)")
+	}
+	return p, lines
+}
+
 // Marshal is the token as JSON for a LUKS2 header.
 func (t Token) Marshal() ([]byte, error) {
 	if err := t.checkOwn(); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"os"
 	"reflect"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
 
 // aToken is well-formed and was never in a TPM.
@@ -504,4 +506,42 @@ func FuzzUnmarshalPublic(f *testing.F) {
 			t.Fatal("Marshal(unmarshalPublic(b)) != b")
 		}
 	})
+}
+
+// F5, F55: the whole policy is told, and a token that leaves a part out is found out.
+func TestTokenDescribe(t *testing.T) {
+	tpm := sealtest.Start(t)
+	boot(tpm)
+	now, err := ReadPCRs(tpm, []int{0, 2, 4, 7, 11, 12})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, p := range fourPolicies(t, tpm) {
+		token, _ := sealed(t, tpm, p, pinFor(p))
+		got, lines := token.Describe(p.Name, map[int]pcr.Digest{7: {1}}, now)
+		want := p.Describe()
+		if !slices.Equal(lines, want) || len(got.PCRs) != len(p.PCRs) {
+			t.Errorf("%s: %q, want %q", name, lines, want)
+		}
+		_, lines = token.Describe(p.Name)
+		if text := strings.Join(lines, "\n"); len(p.PCRs) > 0 == !strings.Contains(text, "nobody can tell") || strings.Contains(text, "NOT TRUE") || strings.Contains(text, fmt.Sprintf("%x", pcr.Digest{})) {
+			t.Errorf("%s, without the values: %s", name, text)
+		}
+		for what, lie := range map[string]func(*Token){
+			"no PIN":      func(k *Token) { k.PIN = !k.PIN },
+			"no counter":  func(k *Token) { k.Counter = nil },
+			"no epoch":    func(k *Token) { k.Ref = "" },
+			"no register": func(k *Token) { k.PCRs = nil },
+			"not signed":  func(k *Token) { k.SignedPCRs, k.PolicyKeyPEM = nil, nil },
+		} {
+			k := token
+			lie(&k)
+			_, lines := k.Describe(p.Name, now)
+			told := !strings.Contains(strings.Join(lines, "\n"), "NOT TRUE") && !strings.Contains(strings.Join(lines, "\n"), "nobody can tell")
+			same := fmt.Sprint(k.Policy("")) == fmt.Sprint(token.Policy(""))
+			if told != same {
+				t.Errorf("%s, %s: %q", name, what, lines)
+			}
+		}
+	}
 }

@@ -65,7 +65,7 @@ func TestInspectSealedVolume(t *testing.T) {
 		{"record of this seal", func(r seal.Record) seal.Record { return r },
 			[]string{"the recovery key", "the TPM", "any value signed by the vendor", exact, "policy standard, release 1.2.3", "was " + fmt.Sprintf("%x", now[0])}},
 		{"record of another seal", func(r seal.Record) seal.Record { r.PCRs = map[int][32]byte{7: {1}}; return r },
-			[]string{"7: Secure Boot keys and state: the value it had, or was predicted to have, when the key was sealed"}},
+			[]string{"7: Secure Boot keys and state: one value, of which only the policy's hash is kept", "nobody can tell whether that is all"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "volume")
@@ -83,6 +83,38 @@ func TestInspectSealedVolume(t *testing.T) {
 				t.Errorf("a register is said to be zero, which nobody knows:\n%s", text)
 			}
 		})
+	}
+}
+
+// TestInspectLyingToken: what a token leaves out, its object is bound to all the same, and
+// that is said (F5, F55).
+func TestInspectLyingToken(t *testing.T) {
+	k, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test", Now: time.Unix(1767225600, 0)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tpm := sealtest.Start(t)
+	for i := range 8 {
+		tpm.Extend(i, "measured by firmware")
+	}
+	now, err := seal.ReadPCRs(tpm, []int{7})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srk, err := seal.EnsureSRK(tpm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srk.Close(tpm)
+	sealed, err := seal.Seal(tpm, srk, bytes.Repeat([]byte{7}, seal.SecretBytes), seal.Standard(k.PolicyPublicPEM, now), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed.PCRs = nil
+	path := filepath.Join(t.TempDir(), "volume")
+	writeSealedVolume(t, path, sealed, seal.Record{Policy: seal.PolicyStandard, PCRs: now, SRKName: srk.Name, Release: "1.2.3"})
+	if code, text, _ := run(t, "inspect", path); code != 0 || !strings.Contains(text, "NOT TRUE: the sealed object is bound to something else than its token says") {
+		t.Errorf("exit %d\n%s", code, text)
 	}
 }
 

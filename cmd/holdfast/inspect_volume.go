@@ -153,6 +153,8 @@ func tokenMeaning(kind string, raw []byte, record *seal.Record) []string {
 			text = fmt.Sprintf("sealed to this machine's TPM for %q; opens only with:", t.For)
 		}
 		return append([]string{text}, boundTo(t, record)...)
+	case boxType:
+		return boxMeaning(raw)
 	case seal.RecordType:
 		r, err := seal.ParseRecord(raw)
 		if err != nil {
@@ -170,22 +172,28 @@ func tokenMeaning(kind string, raw []byte, record *seal.Record) []string {
 
 // boundTo lists what a sealed token is bound to. A token holds no PCR values, only
 // the digest of a policy; the record's values are shown when they give that digest.
-func boundTo(t seal.Token, record *seal.Record) []string {
-	policy := t.Policy("")
-	if record != nil {
-		policy.Name = record.Policy
-		known := t.Policy(record.Policy)
-		for i := range known.PCRs {
-			known.PCRs[i] = record.PCRs[i]
-		}
-		if digest, err := known.Digest(); err == nil && digest == t.PolicyHash {
-			return known.Describe()
-		}
+func boundTo(t seal.Token, record *seal.Record) (lines []string) {
+	if record == nil {
+		_, lines = t.Describe("")
+	} else {
+		_, lines = t.Describe(record.Policy, record.PCRs)
 	}
-	var zero pcr.Digest
-	lines := policy.Describe()
-	for i := range lines {
-		lines[i] = strings.Replace(lines[i], "exactly "+hex.EncodeToString(zero[:]), "the value it had, or was predicted to have, when the key was sealed", 1)
+	return lines
+}
+
+// boxType is the agent's note of which volumes belong together.
+const boxType = "holdfast-box"
+
+func boxMeaning(raw []byte) []string {
+	var note struct {
+		Volumes []struct{ Name, UUID string }
+	}
+	if err := json.Unmarshal(raw, &note); err != nil {
+		return []string{"cannot be read: " + err.Error()}
+	}
+	lines := []string{"the volumes of the box, which were made together, with a MAC under this volume's key:"}
+	for _, v := range note.Volumes {
+		lines = append(lines, fmt.Sprintf("%q, UUID %q", v.Name, v.UUID))
 	}
 	return lines
 }
