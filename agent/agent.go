@@ -79,6 +79,11 @@
 // boot that took the recovery key. `holdfast-agent reseal` does what wants a person:
 // values after a change of the firmware's keys, and suspension before its update.
 //
+// A PIN is the release's wish (seal.pin) or the box owner's ([Keeper.SetPIN]); it lies on
+// the open volumes, because states are sealed anew without asking anybody. A box whose
+// policy is rollback-proof goes back to a release of a lower epoch by a file of the
+// vendor's on its ESP ([image.AuthorisationPath]), and says so in status.
+//
 // After a hand-off `holdfast-agent bless` settles too.
 //
 // # What is not protected
