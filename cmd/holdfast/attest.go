@@ -18,6 +18,8 @@ import (
 
 	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/attest/corim"
+	"github.com/holdfast-os/holdfast/seal/attest/tpmtools"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/update"
 )
@@ -26,6 +28,8 @@ const attestUsage = `usage: holdfast attest VERB [OPTIONS] ...
 
   challenge              make the file that boxes answer; with --answer, for first contact
   verify ANSWER          judge an answer, or a folder of them  [--json]
+  export ANSWER -o FILE  an answer in the format of go-tpm-tools, for other verifiers
+  corim -o FILE          the releases' reference values as a CoRIM, for other verifiers
 
 A first contact takes two answers, the second to a challenge with --answer FIRST.
 
@@ -38,13 +42,17 @@ exit codes: 0 every answer is good, 1 failed, 2 usage, 3 an answer failed or is 
 
 func runAttest(ctx context.Context, c *cli, args []string) error {
 	if len(args) == 0 {
-		return usageError{"attest wants a verb: challenge or verify", "holdfast attest -h"}
+		return usageError{"attest wants a verb: challenge, verify, export or corim", "holdfast attest -h"}
 	}
 	switch args[0] {
 	case "challenge":
 		return attestChallenge(ctx, c, args[1:])
 	case "verify":
 		return attestVerify(ctx, c, args[1:])
+	case "export":
+		return attestExport(ctx, c, args[1:])
+	case "corim":
+		return attestCoRIM(ctx, c, args[1:])
 	case "help", "-h", "--help":
 		_, err := io.WriteString(c.out, attestUsage)
 		return err
@@ -392,7 +400,10 @@ func (o *attestOptions) item(file string, challenges []*attest.Challenge) (item 
 	}
 	a, err := attest.ParseAnswer(item.Answer)
 	if err != nil {
-		return item, false, nil
+		if a, err = tpmtools.Parse(item.Answer); err != nil {
+			return item, false, nil // the verdict says what ParseAnswer does
+		}
+		item.Answer = a.Marshal()
 	}
 	if i := slices.IndexFunc(challenges, a.Answers); i >= 0 {
 		item.Challenge = challenges[i]
@@ -412,6 +423,76 @@ func (o *attestOptions) item(file string, challenges []*attest.Challenge) (item 
 		return item, false, fmt.Errorf("%s: %w", path, err)
 	}
 	return item, true, nil
+}
+
+func attestExport(_ context.Context, c *cli, args []string) error {
+	f := c.flags("attest export", "ANSWER", `Write ANSWER as go-tpm-tools has attestations, the protobuf message attest.Attestation,
+and print the nonce in hex that its verifier has to be given. The message has no place
+for the endorsement key, what the box says of itself, or its files.
+
+example: holdfast attest export holdfast-answer-5f3a9c01-….bin -o attestation.pb`)
+	out := f.String("o", "", "`file` to write")
+	rest, err := parse(f, args, 1)
+	if err != nil {
+		return err
+	}
+	if *out == "" {
+		return usageError{"attest export needs -o FILE", "holdfast attest export -h"}
+	}
+	b, err := readSmall(rest[0], attest.MaxAnswerBytes)
+	if err != nil {
+		return err
+	}
+	a, err := attest.ParseAnswer(b)
+	if err != nil {
+		return fmt.Errorf("%s: %w", rest[0], err)
+	}
+	message, err := tpmtools.Marshal(a)
+	if err != nil {
+		return err
+	}
+	nonce, err := tpmtools.Nonce(a)
+	if err != nil {
+		return err
+	}
+	if err := writeWhole(*out, message, 0o644); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.out, "%x\n", nonce)
+	return err
+}
+
+func attestCoRIM(ctx context.Context, c *cli, args []string) error {
+	f := c.flags("attest corim", "", `Write the reference values of releases as a CoRIM (draft-ietf-rats-corim-10), unsigned.
+
+example: holdfast attest corim --repo repo -o ledger.corim`)
+	var o attestOptions
+	f.StringVar(&o.repo, "repo", "", "`folder` of the update repository: all its releases")
+	f.StringVar(&o.root, "root", "", "`file` root.json to verify the repository with, instead of its own first")
+	f.Var(&o.releases, "release", "`folder` of a build or manifest.json of a release; repeat")
+	out := f.String("o", "", "`file` to write")
+	if _, err := parse(f, args, 0); err != nil {
+		return err
+	}
+	if *out == "" || o.repo == "" && len(o.releases) == 0 {
+		return usageError{"attest corim needs -o FILE, and --repo or --release", "holdfast attest corim -h"}
+	}
+	var p attest.Policy
+	if err := o.readReferences(ctx, c, &p); err != nil {
+		return err
+	}
+	if len(p.References) == 0 {
+		return fmt.Errorf("%s has no release", o.repo)
+	}
+	b, err := corim.Marshal(p.References[0].Product, p.References)
+	if err != nil {
+		return err
+	}
+	if err := writeWhole(*out, b, 0o644); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(c.out, "%s: %d releases\n", *out, len(p.References))
+	return err
 }
 
 // keep writes what was asked for: records of good boxes, and the answers' files.
