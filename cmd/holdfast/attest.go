@@ -177,7 +177,8 @@ func (o *attestOptions) flags(f *flag.FlagSet) {
 func attestVerify(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("attest verify", "ANSWER", `Judge ANSWER, a file or a folder of them, and say of each check whether it passed, failed
 or is unknown, which event differs and what it means. What is not given is unknown, and
-what is unknown is not good. Exit code 3: an answer is not good.
+what is unknown is not good. Exit code 3: an answer is not good. A box that was changed
+by its owner's will, a new firmware say: remove its record and make first contact again.
 
 example: holdfast attest verify stick/ --challenge sent.json --roots tpm-roots/ \
   --repo repo --keys keys --records boxes/`)
@@ -232,6 +233,11 @@ func (o *attestOptions) policy(ctx context.Context, c *cli) (*attest.Policy, err
 	p := &attest.Policy{Now: time.Now(), MaxAge: o.maxAge, SoftwareTPM: o.software, NoSecureBoot: o.insecure}
 	if o.accept != "" {
 		p.Accept = strings.Split(o.accept, ",")
+		for _, name := range p.Accept {
+			if !slices.Contains(attest.Checks(), name) {
+				return nil, usageError{fmt.Sprintf("--accept %.40q is no check", name), "the checks are " + strings.Join(attest.Checks(), ", ")}
+			}
+		}
 	}
 	if o.firstContact {
 		p.Accept = append(p.Accept, attest.FirstContact()...)

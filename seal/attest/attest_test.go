@@ -10,7 +10,10 @@ func TestGood(t *testing.T) {
 	r.enrol(t)
 	c := r.challenge(t)
 	v := Verify(r.answer(t, c), c, &r.policy)
-	for _, check := range v.Checks {
+	for i, check := range v.Checks {
+		if check.Name != Checks()[i] {
+			t.Errorf("check %d is %s, not %s", i, check.Name, Checks()[i])
+		}
 		t.Logf("%-10s %-7s %s %s", check.Name, check.Result, check.Text, check.Event)
 		if check.Result != Pass {
 			t.Errorf("%s: %s", check.Name, check.Result)

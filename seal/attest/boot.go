@@ -313,7 +313,7 @@ func (w *verification) firmware() {
 			continue
 		}
 		w.fail(CheckFirmware, fmt.Sprintf("PCR %s is not as recorded on %s", pcr.Label(i), known.Last.Format(timeForm)), w.changedEvent(i),
-			"Innocent: a firmware update, or an add-in card was changed. Hostile: the firmware was replaced. Record the box anew if it is in order.")
+			"Innocent: a firmware update, or an add-in card was changed. Hostile: the firmware was replaced. If it is in order, remove the record and make first contact again.")
 		return
 	}
 	w.pass(CheckFirmware, "as recorded on %s", known.Last.Format(timeForm))

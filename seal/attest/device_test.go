@@ -161,10 +161,10 @@ func TestVerifyAll(t *testing.T) {
 	a, c, p := sample(t)
 	good := a.Marshal()
 	var items []Item
-	for i := range 200 {
+	for i := range 1000 {
 		item := Item{good, c, p.Known}
 		if i%10 == 3 {
-			item.Answer = good[:i]
+			item.Answer = good[:i] // cut
 		}
 		items = append(items, item)
 	}

@@ -129,8 +129,8 @@ func recordedRegisters() []int { return []int{0, 2, 15} }
 
 // NewRecord is what to keep after a good verdict on the answer; before is the record
 // until now, or nil. Recording what was not judged good is refused: call it after the
-// second answer of a first contact, and again when a change of the box was found to be
-// in order.
+// second answer of a first contact, and after each good one since. When a change of the
+// box was found to be in order, make first contact again, without the old record.
 func NewRecord(a *Answer, v Verdict, before *Record, now time.Time) (*Record, error) {
 	if !v.Good() || a.Statement == nil {
 		return nil, errors.New("make record: the answer was not judged good")

@@ -225,14 +225,19 @@ func (f *tpmFacts) read(directoryName []byte) error {
 	return nil
 }
 
-// vendorID is the manufacturer as the TPM itself tells it: "id:49465800" is "IFX".
+// vendorID is the manufacturer as the TPM itself tells it: "id:49465800" is "IFX". It is
+// empty where the number is not letters: swtpm's tools write id:00001014.
 func (f tpmFacts) vendorID() string {
 	hexID, ok := strings.CutPrefix(f.Manufacturer, "id:")
 	var b [4]byte
 	if _, err := fmt.Sscanf(hexID, "%02X%02X%02X%02X", &b[0], &b[1], &b[2], &b[3]); !ok || err != nil || len(hexID) != 8 {
 		return ""
 	}
-	return strings.TrimSpace(strings.TrimRight(string(b[:]), "\x00"))
+	id := strings.TrimSpace(strings.TrimRight(string(b[:]), "\x00"))
+	if checkText(id) != nil {
+		return ""
+	}
+	return id
 }
 
 // kindOf says whether a manufacturer makes TPMs in hardware: TCG TPM Vendor ID Registry

@@ -14,10 +14,12 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 
 	"github.com/holdfast-os/holdfast/seal/pcr"
+	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
 
 // tool runs a program of tpm2-tools in a folder.
@@ -189,5 +191,66 @@ func TestSystemdMeasure(t *testing.T) {
 		if got, ok := phaseOf(pcr.UKI(measured), pcr.Digest(b)); !ok || got != phases {
 			t.Errorf("systemd-measure's %s is not the image after %d phases", values[i][1], phases)
 		}
+	}
+}
+
+// TestSwtpmCertificate is a TPM with the certificate that swtpm's own tools make: an RSA
+// EK, an intermediate, and a maker that is no maker of chips.
+func TestSwtpmCertificate(t *testing.T) {
+	dir, err := os.MkdirTemp("", "swtpm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	ca := filepath.Join(dir, "ca")
+	for _, d := range []string{ca, filepath.Join(dir, "state0")} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	makes, err := exec.LookPath("swtpm_localca")
+	if err != nil {
+		t.Fatal("swtpm_localca not installed: apt-get install swtpm-tools")
+	}
+	write(t, dir, map[string][]byte{
+		"localca.conf":    fmt.Appendf(nil, "statedir = %s\nsigningkey = %s/key.pem\nissuercert = %s/issuer.pem\ncertserial = %s/serial\n", ca, ca, ca, ca),
+		"localca.options": []byte("--platform-manufacturer Holdfast\n--platform-version 1.0\n--platform-model test\n"),
+		"setup.conf":      fmt.Appendf(nil, "create_certs_tool = %s\ncreate_certs_tool_config = %s/localca.conf\ncreate_certs_tool_options = %s/localca.options\n", makes, dir, dir),
+	})
+	if out, err := tool(t, dir, "swtpm_setup", "--tpm2", "--tpmstate", filepath.Join(dir, "state0"), "--config", filepath.Join(dir, "setup.conf"), "--create-ek-cert", "--overwrite"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	r := newRig(t, "secure")
+	r.tpm = sealtest.StartWith(t, sealtest.Options{Dir: dir})
+	r.measure()
+	var files [][]byte
+	for _, name := range []string{"issuer.pem", "swtpm-localca-rootca-cert.pem"} {
+		b, err := os.ReadFile(filepath.Join(ca, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, b)
+	}
+	roots, skipped, err := NewRoots(files...)
+	if err != nil || len(skipped) > 0 {
+		t.Fatal(err, skipped)
+	}
+	r.policy.Roots, r.policy.Now = roots, time.Now()
+	c := r.challenge(t)
+	a := r.answer(t, c)
+	v := Verify(a, c, &r.policy)
+	if v.Of(CheckEK).Result != Pass || v.Of(CheckHardware).Result != Pass {
+		t.Errorf("%+v %+v", v.Of(CheckEK), v.Of(CheckHardware))
+	}
+	r.policy.SoftwareTPM = false
+	if got := Verify(a, c, &r.policy).Of(CheckHardware); got.Result != Fail {
+		t.Errorf("%+v", got)
+	}
+	if roots, _, err = NewRoots(files[1]); err != nil { // without the intermediate
+		t.Fatal(err)
+	}
+	r.policy.Roots = roots
+	if got := Verify(a, c, &r.policy).Of(CheckEK); got.Result != Fail {
+		t.Errorf("%+v", got)
 	}
 }

@@ -49,6 +49,12 @@ const (
 	CheckIdentity   = "identity"   // what the box says agrees with what was measured and recorded
 )
 
+// Checks are the names of all checks that a verdict has, in order.
+func Checks() []string {
+	return []string{CheckChallenge, CheckFreshness, CheckEK, CheckHardware, CheckAK, CheckSignature, CheckSelection, CheckRegisters,
+		CheckLog, CheckKernel, CheckLoader, CheckSecureBoot, CheckKeys, CheckExtras, CheckFirmware, CheckVolumes, CheckClock, CheckIdentity}
+}
+
 // Check is one judgement.
 type Check struct {
 	Name   string `json:"name"`
