@@ -73,7 +73,7 @@ func ofLog(t testing.TB, raw []byte, c *Challenge) *Answer {
 func TestMachines(t *testing.T) {
 	program := filepath.Join(t.TempDir(), "judge")
 	build := exec.Command("go", "build", "-o", program, ".")
-	build.Dir, build.Env = "judge", append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	build.Dir, build.Env = "judge", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the judge: %v\n%s", err, out)
 	}

@@ -30,7 +30,7 @@ func TestVeraison(t *testing.T) {
 	}
 	program := filepath.Join(t.TempDir(), "judge")
 	build := exec.Command("go", "build", "-o", program, "./corim")
-	build.Dir, build.Env = filepath.Join("..", "judge"), append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	build.Dir, build.Env = filepath.Join("..", "judge"), append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the judge: %v\n%s", err, out)
 	}

@@ -60,7 +60,7 @@ func buildJudge(t *testing.T) (program string) {
 	program = filepath.Join(t.TempDir(), "judge")
 	build := exec.Command("go", "build", "-o", program, ".")
 	build.Dir = filepath.Join("..", "judge")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the judge: %v\n%s", err, out)
 	}
