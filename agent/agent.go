@@ -86,6 +86,25 @@
 //
 // After a hand-off `holdfast-agent bless` settles too.
 //
+// # Integrity
+//
+// A volume of a spec with `integrity: hmac-sha256` has dm-integrity below dm-crypt, as
+// cryptsetup luksFormat --integrity hmac-sha256 makes it: each sector of 4096 bytes has
+// a tag, over its number and its ciphertext, that only the volume key makes. A sector
+// that was changed or moved on the disk, or has decayed, reads as an error (EILSEQ, of
+// which ext4 makes EIO), and the agent says in status which volume and which sector;
+// without integrity it reads as other bytes. It does not notice an older content of the
+// same sector that was put back together with its tag: what an attacker kept of the
+// disk fits for ever, sector by sector.
+//
+// It costs a write of the whole volume at the first boot, up to a fiftieth of the room
+// for tags and journal, and a second write of everything, by the journal, which keeps
+// data and tag together over a power cut. Where the processor is the limit it halves the
+// speed: in an emulated machine 3.8 MB/s written and 2.9 read, and without 8.0 and 5.9. Such a volume keeps its size: on a disk that became
+// larger it is not grown, and status says so. A release that asks for integrity where a
+// volume was made without, or the other way, changes nothing but what status says.
+// After a hand-off nothing watches for errors; the kernel's log has them.
+//
 // # What is not protected
 //
 // A medium's file system is parsed by the kernel: spec `stick: false` keeps it out.

@@ -86,7 +86,8 @@ type box struct {
 	secureBoot bool
 	noTPM      error // what OpenTPM says
 	files      string
-	rand       io.Reader // nil is crypto/rand
+	tags       map[string]int // see fakeStorage.authenticated
+	rand       io.Reader      // nil is crypto/rand
 	// Where they are not empty, what the release's spec says and what was booted.
 	policy  image.SealPolicy
 	version string
@@ -100,7 +101,7 @@ type box struct {
 // newBox is a box as it leaves the factory, switched on, with n volumes.
 func newBox(t testing.TB, n int) *box {
 	t.Helper()
-	b := &box{t: t, tpm: sealtest.Start(t), release: release1, secureBoot: true, files: t.TempDir()}
+	b := &box{t: t, tpm: sealtest.Start(t), release: release1, secureBoot: true, files: t.TempDir(), tags: map[string]int{}}
 	b.signatures = b.release.sign(t, vendorKey())
 	disk := partition.NewMemory(int64(n) * volumeBytes)
 	for i := range n {
@@ -198,7 +199,7 @@ type session struct {
 func (b *box) session(typed string) *session {
 	s := &session{
 		box: b, console: &console{in: strings.NewReader(typed)}, log: &recordedLog{},
-		storage: &fakeStorage{files: b.files, mapped: map[string]*mapping{}}, tpmLog: &commandLog{TPM: b.tpm},
+		storage: &fakeStorage{files: b.files, mapped: map[string]*mapping{}, authenticated: b.tags}, tpmLog: &commandLog{TPM: b.tpm},
 	}
 	s.m = &Machine{
 		Log: slog.New(s.log.handler()), Console: s.console, Storage: s.storage, Root: b.t.TempDir(), Rand: b.rand,
@@ -404,6 +405,8 @@ type fakeStorage struct {
 	mounts []string
 	keys   [][]byte // the callers' slices
 	fail   string   // the operation that fails
+	// authenticated are the keys of volumes whose tags were made, on this box.
+	authenticated map[string]int
 }
 
 type mapping struct {
@@ -420,20 +423,36 @@ func (s *fakeStorage) Map(v Partition, h *luks2.Header, key []byte) (string, err
 		return "", errStorage
 	}
 	offset, size, sector, cipher := h.Segment()
-	if cipher != "aes-xts-plain64" || sector != blockBytes || len(key) != 64 || offset+size > v.Device.Size() {
+	if cipher != "aes-xts-plain64" || sector != blockBytes || len(key) != luks2.KeyBytes(h.Integrity()) || offset+size > v.Device.Size() {
 		return "", fmt.Errorf("dm-crypt does not take %s, sectors of %d, key of %d, %d+%d", cipher, sector, len(key), offset, size)
 	}
 	device := "/dev/mapper/" + v.Name
 	if s.mapped[device] != nil {
 		return "", errors.New("device or resource busy")
 	}
-	x, err := xts.NewCipher(aes.NewCipher, key)
+	if h.Integrity() != "" && s.authenticated[string(key)] == 0 {
+		return "", errors.New("dm-integrity: the device is not initialized")
+	}
+	x, err := xts.NewCipher(aes.NewCipher, key[:luks2.VolumeKeyBytes])
 	if err != nil {
 		return "", err
 	}
 	s.keys = append(s.keys, key)
 	s.mapped[device] = &mapping{dev: v.Device, offset: offset, size: size, cipher: x, volumeKey: bytes.Clone(key)}
 	return device, nil
+}
+
+// Authenticate notes the key: tags are the kernel's, and are not played here.
+func (s *fakeStorage) Authenticate(v Partition, h *luks2.Header, key []byte, progress func(done, all int64)) error {
+	if s.fail == "authenticate "+v.Name {
+		return errStorage
+	}
+	_, size, _, _ := h.Segment()
+	for done := size / 4; done <= size; done += size / 4 {
+		progress(done, size)
+	}
+	s.authenticated[string(key)]++
+	return nil
 }
 
 func (m *mapping) read(off int64) ([]byte, error) {

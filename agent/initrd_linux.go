@@ -338,23 +338,10 @@ func (i *initrd) dataPartitions() ([]Partition, error) {
 	if len(volumes) == 0 {
 		return nil, nil
 	}
-	grown, err := partition.Grow(i.device)
-	if err != nil {
-		return nil, fmt.Errorf("grow the last partition of %s to the end of the disk: %w", i.root.disk, err)
-	}
-	if grown {
-		if i.disk, err = partition.Open(i.device); err != nil {
-			return nil, fmt.Errorf("disk %s: %w", i.root.disk, err)
-		}
+	if err := i.growLast(volumes[len(volumes)-1].Name); err != nil {
+		return nil, err
 	}
 	layout := i.disk.Layout()
-	if last := len(layout.Partitions); grown {
-		p := layout.Partitions[last-1]
-		i.log.Info("data partition grown", "name", p.Name, "bytes", p.SizeBytes)
-		if err := resizePartition(i.root.disk, last, p.StartBytes, p.SizeBytes); err != nil {
-			return nil, err
-		}
-	}
 	parts := make([]Partition, len(volumes))
 	for k, v := range volumes {
 		for n, p := range layout.Partitions {
@@ -371,6 +358,32 @@ func (i *initrd) dataPartitions() ([]Partition, error) {
 		}
 	}
 	return parts, nil
+}
+
+// growLast grows the last partition, that of the volume, to the end of the disk.
+func (i *initrd) growLast(volume string) error {
+	if table, size := i.disk.Layout().SizeBytes, i.device.Size(); table < size {
+		if device, _, err := i.disk.Partition(volume); err == nil && fixedSize(device) {
+			text := doesNotGrow(volume, table, size)
+			i.log.Warn("not grown", "why", text)
+			i.status.Problems = append(i.status.Problems, text)
+			return nil
+		}
+	}
+	grown, err := partition.Grow(i.device)
+	if err != nil {
+		return fmt.Errorf("grow the last partition of %s to the end of the disk: %w", i.root.disk, err)
+	}
+	if !grown {
+		return nil
+	}
+	if i.disk, err = partition.Open(i.device); err != nil {
+		return fmt.Errorf("disk %s: %w", i.root.disk, err)
+	}
+	last := i.disk.Layout().Partitions
+	p := last[len(last)-1]
+	i.log.Info("data partition grown", "name", p.Name, "bytes", p.SizeBytes)
+	return resizePartition(i.root.disk, len(last), p.StartBytes, p.SizeBytes)
 }
 
 // leave hands the findings over.

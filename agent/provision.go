@@ -187,7 +187,7 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, keys *secrets) (token s
 // and the management key inside.
 func (m *Machine) makeVolume(v *volume, all []boxVolume, i int, keys *secrets, token seal.Token, record seal.Record) (err error) {
 	v.method = "provisioned"
-	v.key = make([]byte, luks2.VolumeKeyBytes)
+	v.key = make([]byte, luks2.KeyBytes(v.Volume.Integrity))
 	if _, err := io.ReadFull(m.Rand, v.key); err != nil {
 		return fmt.Errorf("read randomness: %w", err)
 	}
@@ -196,6 +196,11 @@ func (m *Machine) makeVolume(v *volume, all []boxVolume, i int, keys *secrets, t
 	}
 	if err := v.header.WriteNew(v.Device); err != nil {
 		return err
+	}
+	if v.header.Integrity() != "" {
+		if err := m.Storage.Authenticate(v.Partition, v.header, v.key, progressOf(m.Log, v.Name)); err != nil {
+			return err
+		}
 	}
 	if v.device, err = m.Storage.Map(v.Partition, v.header, v.key); err != nil {
 		return err
@@ -215,7 +220,9 @@ func (m *Machine) makeVolume(v *volume, all []boxVolume, i int, keys *secrets, t
 }
 
 func (m *Machine) newHeader(v *volume, all []boxVolume, i int, keys *secrets, token seal.Token, record seal.Record) (*luks2.Header, error) {
-	h, err := luks2.Format(luks2.FormatOptions{UUID: all[i].UUID, Label: v.Name, Subsystem: "holdfast", SizeBytes: v.Device.Size(), Rand: m.Rand}, v.key)
+	h, err := luks2.Format(luks2.FormatOptions{
+		UUID: all[i].UUID, Label: v.Name, Subsystem: "holdfast", SizeBytes: v.Device.Size(), Rand: m.Rand, Integrity: v.Volume.Integrity,
+	}, v.key)
 	if err != nil {
 		return nil, err
 	}

@@ -102,6 +102,8 @@ type VolumeStatus struct {
 	UUID   string `json:"uuid"`
 	// Method says how it was opened in this boot: "tpm", "recovery" or "provisioned".
 	Method string `json:"method"`
+	// Integrity is what its sectors are checked with, "hmac-sha256", or empty.
+	Integrity string `json:"integrity,omitempty"`
 }
 
 // ServiceStatus is one container.
@@ -190,7 +192,11 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		fmt.Fprintf(tw, "release\t%s\t%s\t%s\t%s\n", r.Slot, r.Version, r.State, running)
 	}
 	for _, v := range s.Volumes {
-		fmt.Fprintf(tw, "volume\t%s\t%s\topened by %s\t%s\n", v.Name, v.Mount, v.Method, v.UUID)
+		fmt.Fprintf(tw, "volume\t%s\t%s\topened by %s\t%s", v.Name, v.Mount, v.Method, v.UUID)
+		if v.Integrity != "" {
+			fmt.Fprintf(tw, " %s", v.Integrity)
+		}
+		fmt.Fprintln(tw)
 	}
 	for _, c := range s.Services {
 		fmt.Fprintf(tw, "%s\t%s\t%s\t%d restarts", c.Kind, c.Name, c.State, c.Restarts)

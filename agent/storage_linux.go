@@ -23,7 +23,19 @@ func (s *kernelStorage) Map(p Partition, h *luks2.Header, key []byte) (string, e
 		return "", err
 	}
 	offset, size, sector, cipher := h.Segment()
+	if h.Integrity() != "" {
+		return dm.AuthenticatedCrypt(volumeMapping(p.Name), device, key, offset, size, sector)
+	}
 	return dm.Crypt(volumeMapping(p.Name), device, cipher, key, offset, size, sector)
+}
+
+func (s *kernelStorage) Authenticate(p Partition, h *luks2.Header, key []byte, progress func(done, all int64)) error {
+	device, err := partitionDevice(s.disk, p.Number)
+	if err != nil {
+		return err
+	}
+	offset, size, sector, _ := h.Segment()
+	return dm.FormatAuthenticated(volumeMapping(p.Name), device, key, offset, size, sector, progress)
 }
 
 func (s *kernelStorage) MakeFS(device, label string) (err error) {
@@ -44,6 +56,9 @@ func (s *kernelStorage) MakeFS(device, label string) (err error) {
 
 func (s *kernelStorage) Mount(device, at string) error {
 	if err := mount(device, at, "ext4", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOATIME, "errors=remount-ro"); err != nil {
+		if sector, found := firstBadSector(device); found {
+			return fmt.Errorf("%w: %s", err, notAsWritten(device, sector))
+		}
 		return err
 	}
 	return growToDevice(device, at)

@@ -68,6 +68,7 @@ func RunSystem(console io.Writer) error {
 		go configure(ctx, s.log, i)
 	}
 	go s.feedWatchdog()
+	go s.watchIntegrity(ctx)
 	go s.judge(ctx)
 	ended := make(chan struct{})
 	go func() {

@@ -37,6 +37,9 @@ const secretBytes = 32
 type Storage interface {
 	// Map shows the decrypted segment of a volume as a block device.
 	Map(v Partition, header *luks2.Header, key []byte) (device string, err error)
+	// Authenticate makes a volume with integrity readable for the first time: its tags,
+	// and zeros in every sector. progress is told of bytes of all.
+	Authenticate(v Partition, header *luks2.Header, key []byte, progress func(done, all int64)) error
 	// MakeFS makes an empty file system that fills the device.
 	MakeFS(device, label string) error
 	// Mount mounts the file system and grows it to the device when that is larger.
@@ -491,7 +494,10 @@ func (m *Machine) mount(v *volume) (err error) {
 // what is in force and not what was meant.
 func (m *Machine) describe(b image.Boot, vols []*volume, s *Status) {
 	for _, v := range vols {
-		s.Volumes = append(s.Volumes, VolumeStatus{Name: v.Name, Mount: v.Volume.Mount, Device: v.device, UUID: v.header.UUID(), Method: v.method})
+		s.Volumes = append(s.Volumes, VolumeStatus{Name: v.Name, Mount: v.Volume.Mount, Device: v.device, UUID: v.header.UUID(), Method: v.method, Integrity: v.header.Integrity()})
+		if changed := integrityChanged(v.Volume, v.header); changed != "" {
+			s.Problems = append(s.Problems, changed)
+		}
 	}
 	var err error
 	if s.SecureBoot, err = m.SecureBoot(); err != nil {

@@ -94,6 +94,9 @@ type Volume struct {
 	Mount string `json:"mount"` // absolute path in the root
 	// SizeBytes is 0 for the last volume, which grows to the end of the disk.
 	SizeBytes int64 `json:"size_bytes,omitempty"`
+	// Integrity is what each sector is checked with when it is read: "hmac-sha256", or
+	// "" for nothing. It holds for volumes that are made; those that exist stay as they are.
+	Integrity string `json:"integrity,omitempty"`
 }
 
 // SealPolicy names who may open the data volumes.

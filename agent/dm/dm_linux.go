@@ -1,6 +1,7 @@
 // Package dm makes device-mapper devices: the dm-verity root and the dm-crypt
-// data volumes. It is a thin layer over the kernel's ioctls that knows our two
-// tables and returns the path of the block device, without udev.
+// data volumes, on dm-integrity where they are authenticated. It is a thin layer over
+// the kernel's ioctls that knows our tables and returns the path of the block device,
+// without udev.
 //
 // A verity device that meets a wrong block panics the machine: a root that
 // cannot be trusted must not go on running, and the firmware or the boot
@@ -61,30 +62,39 @@ func Crypt(name, device, cipher string, key []byte, offsetBytes, sizeBytes int64
 	return create(name, 0, table)
 }
 
-// Remove undoes a mapping that nothing uses any more.
+// Remove undoes a mapping that nothing uses any more, and that of its tags, if it has
+// any.
 func Remove(name string) error {
 	if err := devmapper.Remove(name); err != nil {
 		return fmt.Errorf("remove mapping %s: %w", name, err)
 	}
-	return nil
+	if _, err := devmapper.InfoByName(name + TagsSuffix); err != nil {
+		return nil
+	}
+	return Remove(name + TagsSuffix)
 }
 
 func create(name string, flags uint32, table devmapper.Table) (string, error) {
 	if err := devmapper.CreateAndLoad(name, "HOLDFAST-"+name, flags, table); err != nil {
 		return "", fmt.Errorf("map %s: %w", name, err)
 	}
+	return node(name)
+}
+
+// node waits for the device of a mapping.
+func node(name string) (string, error) {
 	info, err := devmapper.InfoByName(name)
 	if err != nil {
 		return "", fmt.Errorf("map %s: %w", name, err)
 	}
-	node := fmt.Sprintf("/dev/dm-%d", unix.Minor(info.DevNo))
+	path := fmt.Sprintf("/dev/dm-%d", unix.Minor(info.DevNo))
 	for range 100 { // devtmpfs makes the node a moment after the ioctl returns
-		if _, err := os.Stat(node); err == nil {
-			return node, alias(name, node)
+		if _, err := os.Stat(path); err == nil {
+			return path, alias(name, path)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return "", fmt.Errorf("map %s: the kernel made no %s", name, node)
+	return "", fmt.Errorf("map %s: the kernel made no %s", name, path)
 }
 
 // alias makes the customary /dev/mapper name.

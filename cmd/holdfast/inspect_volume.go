@@ -33,6 +33,7 @@ type volume struct {
 	Label      string    `json:"label,omitempty"`
 	UUID       string    `json:"uuid,omitempty"`
 	Cipher     string    `json:"cipher,omitempty"`
+	Integrity  string    `json:"integrity,omitempty"`
 	SectorSize int       `json:"sector_size,omitempty"`
 	DataOffset int64     `json:"data_offset,omitempty"`
 	DataBytes  int64     `json:"data_bytes,omitempty"`
@@ -87,6 +88,7 @@ func readVolume(r io.ReaderAt, sizeBytes int64) (*volume, error) {
 		Label: h.Label(), UUID: h.UUID(), Sequence: h.SeqID(), Flags: h.Flags(),
 	}
 	v.DataOffset, v.DataBytes, v.SectorSize, v.Cipher = h.Segment()
+	v.Integrity = h.Integrity()
 	for _, c := range []struct {
 		name string
 		luks2.CopyReport
@@ -233,8 +235,9 @@ func (v *volume) print(s *sheet) {
 	s.line(fmt.Sprintf("LUKS2 volume, %s", bytesText(v.SizeBytes)))
 	s.fact("label", v.Label)
 	s.fact("UUID", v.UUID)
-	s.fact("cipher", fmt.Sprintf("%s, %d-bit key, sectors of %d bytes", v.Cipher, 8*luks2.VolumeKeyBytes, v.SectorSize))
-	s.fact("data", fmt.Sprintf("%s from byte %d", bytesText(v.DataBytes), v.DataOffset))
+	s.fact("cipher", fmt.Sprintf("%s, %d-bit key, sectors of %d bytes", v.Cipher, 8*luks2.KeyBytes(v.Integrity), v.SectorSize))
+	s.fact("integrity", v.Integrity)
+	s.fact("data"+when(v.Integrity != "", ", tags and journal"), fmt.Sprintf("%s from byte %d", bytesText(v.DataBytes), v.DataOffset))
 	s.fact("flags", strings.Join(v.Flags, " "))
 	for i, k := range v.Keyslots {
 		s.fact(when(i == 0, "keyslots"), strconv.Itoa(k.ID)+": "+k.OpensWith, k.KDF)

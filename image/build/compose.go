@@ -107,7 +107,7 @@ func (b *builder) appliance() *image.Appliance {
 		},
 	}
 	for _, d := range s.Disk.Data {
-		a.Volumes = append(a.Volumes, image.Volume{Name: d.Name, Mount: d.Mount, SizeBytes: int64(d.Size)})
+		a.Volumes = append(a.Volumes, image.Volume{Name: d.Name, Mount: d.Mount, SizeBytes: int64(d.Size), Integrity: d.Integrity})
 	}
 	for _, i := range s.Network {
 		a.Network = append(a.Network, image.Interface(i))

@@ -29,7 +29,7 @@ func (b *builder) geometry() error {
 	}
 	g := image.Geometry{SizeBytes: int64(d.Size), ESPBytes: int64(d.ESP), SlotBytes: slot}
 	for _, v := range d.Data {
-		g.Volumes = append(g.Volumes, image.Volume{Name: v.Name, Mount: v.Mount, SizeBytes: int64(v.Size)})
+		g.Volumes = append(g.Volumes, image.Volume{Name: v.Name, Mount: v.Mount, SizeBytes: int64(v.Size), Integrity: v.Integrity})
 	}
 	b.manifest.Disk = g
 	_, err := Layout(&b.manifest)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/image/kmod"
 	"github.com/holdfast-os/holdfast/image/oci"
+	"github.com/holdfast-os/holdfast/image/spec"
 	"github.com/holdfast-os/holdfast/image/tree"
 )
 
@@ -27,6 +28,9 @@ type kernel struct {
 var alwaysModules = []string{
 	"dm_mod", "dm_verity", "dm_crypt", "erofs", "ext4", "overlay", "xts", "sha256_generic",
 }
+
+// integrityModules are what volumes with integrity need besides.
+var integrityModules = []string{"dm_integrity", "authenc", "hmac"}
 
 // usefulModules are taken when the kernel has them as modules: the faster
 // ciphers, the TPM and firmware interfaces, and the disks, networks and power
@@ -64,6 +68,9 @@ func (b *builder) openKernel() (*kernel, error) {
 		files = tree.NewDir(0o755)
 	}
 	names := append(append([]string{}, alwaysModules...), b.spec.Kernel.Modules...)
+	if slices.ContainsFunc(b.spec.Disk.Data, func(d spec.Data) bool { return d.Integrity != "" }) {
+		names = append(names, integrityModules...)
+	}
 	useful := usefulModules
 	if u := b.spec.Update; u.Root != "" && (u.Stick == nil || *u.Stick) {
 		useful = slices.Concat(useful, mediaModules)

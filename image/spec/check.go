@@ -235,6 +235,9 @@ func (r *report) checkDisk(d *Disk) {
 		}
 		seen[v.Name] = at
 		r.checkMountpoint(at+".mount", v.Mount, mounts)
+		if v.Integrity != "" && v.Integrity != "hmac-sha256" {
+			r.errorf(at+".integrity", "write hmac-sha256, or leave it out", "integrity %q is not known", v.Integrity)
+		}
 		if v.Size == 0 && i < len(d.Data)-1 {
 			r.errorf(at, "give it a size, or put it last", "only the last volume grows to the end of the disk")
 		}

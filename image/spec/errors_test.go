@@ -44,6 +44,7 @@ func TestErrorMessages(t *testing.T) {
 		{"size not in MiB", "disk: {esp: 1GB}", `f:1:13: disk.esp: 1000000000 bytes are not a whole number of MiB`},
 		{"disk too small", "disk: {size: 1GiB, esp: 512MiB, slot: 512MiB}", `f:1:14: disk.size: 1536 MiB of partitions do not fit on 1024 MiB`},
 		{"data in the system", "disk: {data: [{name: a, mount: /run/x}]}", `f:1:32: disk.data[0].mount: "/run/x" belongs to the system`},
+		{"unknown integrity", "disk: {data: [{name: a, mount: /a, integrity: crc32c}]}", `f:1:47: disk.data[0].integrity: integrity "crc32c" is not known (write hmac-sha256, or leave it out)`},
 		{"only the last grows", "disk: {data: [{name: a, mount: /a}, {name: b, mount: /b}]}", `f:1:15: disk.data[0]: only the last volume grows to the end of the disk (give it a size, or put it last)`},
 		{"repair", "seal: {repair: auto}", `f:1:16: seal.repair: "auto" is not known here (one of automatic, manual)`},
 		{"PIN in the spec", "seal: {pin: 1234}", `f:1:13: seal.pin: expected true or false, got a number`},

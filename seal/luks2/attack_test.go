@@ -62,7 +62,9 @@ func TestHostileHeaders(t *testing.T) {
 		{"segment moved", `"offset":"16777216"`, `"offset":"16781312"`, "segments.0.offset"},
 		{"segment over the header", `"offset":"16777216"`, `"offset":"0"`, "segments.0.offset"},
 		{"segment cut short", `"size":"dynamic"`, `"size":"4096"`, "segments.0.size"},
-		{"integrity", `"sector_size":4096`, `"sector_size":4096,"integrity":{}`, `field "integrity"`},
+		{"integrity", `"sector_size":4096`, `"sector_size":4096,"integrity":{}`, "segments.0.integrity.type is missing"},
+		{"integrity added to a volume without", `"sector_size":4096`, `"sector_size":4096,"integrity":{"type":"hmac(sha256)","journal_encryption":"none","journal_integrity":"none"}`, "key_size is 64, outside 96 to 96"},
+		{"integrity without a key", `"sector_size":4096`, `"sector_size":4096,"integrity":{"type":"none","journal_encryption":"none","journal_integrity":"none"}`, "segments.0.integrity.type"},
 		{"backup segment of a reencryption", `"sector_size":4096`, `"sector_size":4096,"flags":["backup-final"]`, `segments.0: field "flags"`},
 		{"odd sector size", `"sector_size":4096`, `"sector_size":1024`, "sector_size is 1024"},
 		{"tweak", `"iv_tweak":"0"`, `"iv_tweak":"1"`, "segments.0.iv_tweak"},
@@ -242,7 +244,7 @@ func TestTruncatedPartition(t *testing.T) {
 			}
 			if err == nil {
 				_, _, err = h.Unlock(dev[:size], []byte("one"))
-				if size < keyslotsOffset+keyMaterialBytes && (err == nil || errors.Is(err, ErrPassphrase)) {
+				if size < keyslotsOffset+stripes*VolumeKeyBytes && (err == nil || errors.Is(err, ErrPassphrase)) {
 					t.Errorf("unlock without a key area: %v", err)
 				}
 			}

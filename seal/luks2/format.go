@@ -272,12 +272,18 @@ type (
 		Salt       string `json:"salt"`
 	}
 	jsonSegment struct {
-		Type       string `json:"type"`
-		Offset     string `json:"offset"`
-		Size       string `json:"size"`
-		IVTweak    string `json:"iv_tweak"`
-		Encryption string `json:"encryption"`
-		SectorSize int    `json:"sector_size"`
+		Type       string         `json:"type"`
+		Offset     string         `json:"offset"`
+		Size       string         `json:"size"`
+		IVTweak    string         `json:"iv_tweak"`
+		Encryption string         `json:"encryption"`
+		SectorSize int            `json:"sector_size"`
+		Integrity  *jsonIntegrity `json:"integrity,omitempty"`
+	}
+	jsonIntegrity struct {
+		Type              string `json:"type"`
+		JournalEncryption string `json:"journal_encryption"`
+		JournalIntegrity  string `json:"journal_integrity"`
 	}
 	jsonDigest struct {
 		Type       string   `json:"type"`
@@ -297,21 +303,25 @@ type (
 
 // encode gives the JSON text, which together with one zero byte fits the JSON area.
 func (m *metadata) encode() ([]byte, error) {
+	segment := jsonSegment{
+		Type: "crypt", Offset: decimal(dataOffset), Size: "dynamic", IVTweak: "0",
+		Encryption: Cipher, SectorSize: m.sectorSize,
+	}
+	if m.integrity != "" {
+		segment.Integrity = &jsonIntegrity{Type: integrityType, JournalEncryption: "none", JournalIntegrity: "none"}
+	}
 	doc := jsonMetadata{
 		Keyslots: map[string]jsonKeyslot{},
 		Tokens:   map[string]json.RawMessage{},
-		Segments: map[string]jsonSegment{"0": {
-			Type: "crypt", Offset: decimal(dataOffset), Size: "dynamic", IVTweak: "0",
-			Encryption: Cipher, SectorSize: m.sectorSize,
-		}},
-		Config: jsonConfig{JSONSize: decimal(jsonAreaBytes), KeyslotsSize: decimal(keyslotsBytes), Flags: m.flags},
+		Segments: map[string]jsonSegment{"0": segment},
+		Config:   jsonConfig{JSONSize: decimal(jsonAreaBytes), KeyslotsSize: decimal(keyslotsBytes), Flags: m.flags},
 	}
 	d := jsonDigest{
 		Type: "pbkdf2", Keyslots: []string{}, Segments: []string{"0"}, Hash: m.digest.hash,
 		Iterations: m.digest.iterations, Salt: encode64(m.digest.salt), Digest: encode64(m.digest.value),
 	}
 	for _, id := range slices.Sorted(maps.Keys(m.keyslots)) {
-		doc.Keyslots[strconv.Itoa(id)] = m.keyslots[id].encode()
+		doc.Keyslots[strconv.Itoa(id)] = m.keyslots[id].encode(m.keyBytes())
 		d.Keyslots = append(d.Keyslots, strconv.Itoa(id))
 	}
 	for id, raw := range m.tokens {
@@ -340,12 +350,12 @@ func marshal(v any) ([]byte, error) {
 	return bytes.TrimSuffix(out.Bytes(), []byte("\n")), nil
 }
 
-func (s keyslot) encode() jsonKeyslot {
+func (s keyslot) encode(keyBytes int) jsonKeyslot {
 	out := jsonKeyslot{
-		Type: "luks2", KeySize: VolumeKeyBytes,
+		Type: "luks2", KeySize: keyBytes,
 		AF: jsonAF{Type: "luks1", Stripes: stripes, Hash: s.afHash},
 		Area: jsonArea{Type: "raw", Offset: decimal(s.area.offset), Size: decimal(s.area.size),
-			Encryption: Cipher, KeySize: VolumeKeyBytes},
+			Encryption: Cipher, KeySize: areaKeyBytes},
 		KDF: jsonKDF{Type: s.kdf.Type, Time: s.kdf.Time, Memory: s.kdf.MemoryKiB, CPUs: s.kdf.Parallel,
 			Hash: s.kdf.Hash, Iterations: s.kdf.Iterations, Salt: encode64(s.salt)},
 	}

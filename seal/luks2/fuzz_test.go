@@ -32,6 +32,8 @@ func FuzzRead(f *testing.F) {
 	text, _, _ := bytes.Cut(good[binaryHeaderBytes:], []byte{0})
 	f.Add(good[:checksumOffset], text)
 	f.Add(good[:checksumOffset], bytes.Replace(text, []byte(`"json_size"`), []byte(`"flags":[],"json_size"`), 1))
+	f.Add(good[:checksumOffset], bytes.ReplaceAll(bytes.Replace(bytes.ReplaceAll(text, []byte(`"258048"`), []byte(`"385024"`)),
+		[]byte(`"sector_size":4096`), []byte(`"sector_size":4096`+integrityObject), 1), []byte(`"key_size":64,"af"`), []byte(`"key_size":96,"af"`)))
 	f.Add([]byte(magicPrimary), []byte(`{"keyslots":{},"tokens":{},"segments":{},"digests":{},"config":{}}`))
 	f.Fuzz(func(t *testing.T, bin, text []byte) {
 		raw := make(memory, keyslotsOffset)

@@ -86,9 +86,9 @@ func (k KDF) check() error {
 // derive makes the key of a key area. The KDF has been checked.
 func (k KDF) derive(passphrase, salt []byte) ([]byte, error) {
 	if k.Type == Argon2id {
-		return argon2.IDKey(passphrase, salt, k.Time, k.MemoryKiB, k.Parallel, VolumeKeyBytes), nil
+		return argon2.IDKey(passphrase, salt, k.Time, k.MemoryKiB, k.Parallel, areaKeyBytes), nil
 	}
-	return pbkdf2Key(k.Hash, passphrase, salt, k.Iterations, VolumeKeyBytes)
+	return pbkdf2Key(k.Hash, passphrase, salt, k.Iterations, areaKeyBytes)
 }
 
 func pbkdf2Key(hashName string, secret, salt []byte, iterations, n int) ([]byte, error) {
@@ -122,7 +122,7 @@ func (h *Header) AddKeyslot(volumeKey, passphrase []byte, k KDF, random io.Reade
 	if len(passphrase) == 0 {
 		return 0, errors.New("add keyslot: the passphrase is empty")
 	}
-	ok, err := h.meta.digest.matches(volumeKey)
+	ok, err := h.meta.matches(volumeKey)
 	if err != nil {
 		return 0, fmt.Errorf("add keyslot: %w", err)
 	}
@@ -189,7 +189,7 @@ func (h *Header) freeSlot() (int, extent, error) {
 		}
 	}
 	taken := append(h.meta.areas(), h.busy...)
-	area := extent{keyslotsOffset, keyAreaBytes}
+	area := extent{keyslotsOffset, h.meta.areaBytes()}
 	for {
 		i := slices.IndexFunc(taken, area.overlaps)
 		if i < 0 {
@@ -198,7 +198,7 @@ func (h *Header) freeSlot() (int, extent, error) {
 		area.offset = taken[i].end()
 	}
 	if area.end() > dataOffset {
-		return 0, extent{}, fmt.Errorf("the keyslots area has no gap of %d bytes", keyAreaBytes)
+		return 0, extent{}, fmt.Errorf("the keyslots area has no gap of %d bytes", h.meta.areaBytes())
 	}
 	return id, area, nil
 }
@@ -238,7 +238,7 @@ func (h *Header) UnlockSlot(dev io.ReaderAt, slot int, passphrase []byte) (volum
 	if !ok {
 		return nil, fmt.Errorf("unlock keyslot %d: there is none", slot)
 	}
-	material := make([]byte, keyMaterialBytes)
+	material := make([]byte, h.meta.materialBytes())
 	defer Wipe(material)
 	if p, ok := h.pending[slot]; ok {
 		copy(material, p)
@@ -249,7 +249,7 @@ func (h *Header) UnlockSlot(dev io.ReaderAt, slot int, passphrase []byte) (volum
 	if err != nil {
 		return nil, fmt.Errorf("unlock keyslot %d: %w", slot, err)
 	}
-	ok, err = h.meta.digest.matches(key)
+	ok, err = h.meta.matches(key)
 	if err == nil && !ok {
 		err = ErrPassphrase
 	}
@@ -301,10 +301,11 @@ func (s keyslot) crypt(material, passphrase []byte, direction func(*xts.Cipher, 
 }
 
 // matches says whether key is the volume key.
-func (d digest) matches(key []byte) (bool, error) {
-	if len(key) != VolumeKeyBytes {
-		return false, fmt.Errorf("the volume key has %d bytes, not %d", len(key), VolumeKeyBytes)
+func (m *metadata) matches(key []byte) (bool, error) {
+	if len(key) != m.keyBytes() {
+		return false, fmt.Errorf("the volume key has %d bytes, not %d", len(key), m.keyBytes())
 	}
+	d := m.digest
 	got, err := pbkdf2Key(d.hash, key, d.salt, d.iterations, len(d.value))
 	if err != nil {
 		return false, err
@@ -313,11 +314,11 @@ func (d digest) matches(key []byte) (bool, error) {
 }
 
 // checkVolumeKey refuses what no working random source makes.
-func checkVolumeKey(key []byte) error {
-	if len(key) != VolumeKeyBytes {
-		return fmt.Errorf("the volume key has %d bytes, not %d", len(key), VolumeKeyBytes)
+func checkVolumeKey(key []byte, integrity string) error {
+	if len(key) != KeyBytes(integrity) {
+		return fmt.Errorf("the volume key has %d bytes, not %d", len(key), KeyBytes(integrity))
 	}
-	if bytes.Equal(key[:VolumeKeyBytes/2], key[VolumeKeyBytes/2:]) {
+	if bytes.Equal(key[:VolumeKeyBytes/2], key[VolumeKeyBytes/2:VolumeKeyBytes]) {
 		return errors.New("the two halves of the volume key are equal, which XTS forbids: the random source is broken")
 	}
 	return nil

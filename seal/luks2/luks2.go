@@ -34,6 +34,11 @@
 // of 512 or 4096 bytes; argon2id or PBKDF2; at most 32 keyslots. Tokens are
 // kept as they are.
 //
+// A segment may have integrity "hmac(sha256)", which cryptsetup luksFormat calls
+// --integrity hmac-sha256: each sector has a tag over its number and its
+// ciphertext, kept by dm-integrity between the data, and the volume key has 256
+// bits more for it.
+//
 // The header is authenticated by nothing (F81): who can write to the disk can
 // write a header that says the data is not encrypted at all, or that costs a
 // terabyte of memory to open. Therefore Read takes both copies into memory
@@ -48,8 +53,10 @@
 // passphrase is gone only if nobody kept a copy of the disk. Nor is a volume
 // recognised as ours: somebody else's volume that opens with the same
 // passphrase opens; binding its identity is the caller's work (F80). XTS
-// encrypts, it does not detect changed data. Overwriting a key area destroys
-// it on a magnetic disk; flash may keep the old cells until it collects them.
+// encrypts, it does not detect changed data. With [HMACSHA256] a changed sector
+// is a read error; an older state of the same sector, put back with its tag, is
+// not noticed even then. Overwriting a key area destroys it on a magnetic disk;
+// flash may keep the old cells until it collects them.
 //
 // Key material is wiped where this package owns the memory. The Go runtime, the
 // key schedules of AES and HMAC and argon2's blocks are out of its reach.
@@ -78,8 +85,31 @@ type Device interface {
 	Sync() error
 }
 
-// VolumeKeyBytes is the length of a volume key: two AES-256 keys for XTS.
+// VolumeKeyBytes is the length of a volume key: two AES-256 keys for XTS. That of
+// a volume with integrity is longer, see [KeyBytes].
 const VolumeKeyBytes = 64
+
+// HMACSHA256 is the one kind of integrity a segment can have, by the name that
+// cryptsetup luksFormat --integrity takes.
+const HMACSHA256 = "hmac-sha256"
+
+// TagBytes is the length of a sector's tag under HMACSHA256.
+const TagBytes = 32
+
+// integrityType is HMACSHA256 as the header and the kernel write it, integrityKeyBytes
+// its part of the volume key, behind that of the cipher.
+const (
+	integrityType     = "hmac(sha256)"
+	integrityKeyBytes = 32
+)
+
+// KeyBytes is the length of the key of a volume with this integrity, "" or HMACSHA256.
+func KeyBytes(integrity string) int {
+	if integrity == "" {
+		return VolumeKeyBytes
+	}
+	return VolumeKeyBytes + integrityKeyBytes
+}
 
 // Cipher is the one cipher this package accepts, for data and for key areas, in
 // dm-crypt's notation.
@@ -98,11 +128,10 @@ const (
 	keyslotsBytes     = dataOffset - keyslotsOffset
 	dataOffset        = 16 << 20
 
-	stripes          = 4000
-	keyMaterialBytes = stripes * VolumeKeyBytes
-	keyAreaBytes     = 258048 // key material rounded up to areaAlign
-	areaAlign        = 4096
-	keyAreaSector    = 512 // encryption sector of key areas, whatever the segment has
+	stripes       = 4000
+	areaAlign     = 4096
+	areaKeyBytes  = 64  // of the key that encrypts a key area
+	keyAreaSector = 512 // encryption sector of key areas, whatever the segment has
 )
 
 var (
@@ -148,6 +177,7 @@ type metadata struct {
 	keyslots   map[int]keyslot
 	tokens     map[int]json.RawMessage
 	sectorSize int
+	integrity  string // "" or HMACSHA256
 	digestID   int
 	digest     digest
 	flags      []string // config.flags, persistent activation flags
@@ -202,11 +232,17 @@ func (h *Header) Flags() []string { return slices.Clone(h.meta.flags) }
 // Segment says where the encrypted data lies in the partition and how it is
 // encrypted: what a dm-crypt table needs. The first sector has IV 0, and IVs
 // count units of 512 bytes whatever sectorSize is. sizeBytes reaches to the end
-// of the partition, rounded down to whole sectors.
+// of the partition, rounded down to whole sectors. With integrity this is where
+// the dm-integrity device lies, which keeps tags and a journal there too, and
+// dm-crypt lies on that.
 func (h *Header) Segment() (offsetBytes, sizeBytes int64, sectorSize int, cipher string) {
 	size := h.sizeBytes - dataOffset
 	return dataOffset, size - size%int64(h.meta.sectorSize), h.meta.sectorSize, Cipher
 }
+
+// Integrity says what a sector is checked with when it is read: [HMACSHA256], or
+// "" for nothing.
+func (h *Header) Integrity() string { return h.meta.integrity }
 
 // Keyslots returns the keyslots in the order of their ids, so that a caller can
 // judge their cost before it opens one.
@@ -217,6 +253,15 @@ func (h *Header) Keyslots() []Keyslot {
 		out = append(out, Keyslot{ID: id, Priority: s.priority, KDF: s.kdf})
 	}
 	return out
+}
+
+func (m *metadata) keyBytes() int { return KeyBytes(m.integrity) }
+
+// materialBytes is what a key of m takes in a key area, areaBytes the area.
+func (m *metadata) materialBytes() int { return stripes * m.keyBytes() }
+
+func (m *metadata) areaBytes() int64 {
+	return int64(m.materialBytes()+areaAlign-1) / areaAlign * areaAlign
 }
 
 // areas returns the key areas of all keyslots, sorted by offset.

@@ -185,7 +185,7 @@ func wantUnusedZero(t testing.TB, h *Header, dev io.ReaderAt) {
 		t.Fatal(err)
 	}
 	for _, s := range h.meta.keyslots {
-		clear(area[s.area.offset-keyslotsOffset:][:keyMaterialBytes])
+		clear(area[s.area.offset-keyslotsOffset:][:h.meta.materialBytes()])
 	}
 	if n := len(area) - bytes.Count(area, []byte{0}); n > 0 {
 		t.Errorf("%d bytes of the keyslots area are used by no slot and not zero", n)

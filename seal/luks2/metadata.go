@@ -35,7 +35,8 @@ const (
 )
 
 // persistentFlags are the activation flags of config.flags that are about
-// speed and discards; the others belong to volumes with integrity.
+// speed and discards; the others, such as no-journal, belong to volumes with
+// integrity and would take from it.
 var persistentFlags = [...]string{
 	"allow-discards", "same-cpu-crypt", "submit-from-crypt-cpus", "no-read-workqueue", "no-write-workqueue",
 }
@@ -55,7 +56,7 @@ func decodeMetadata(text []byte) (*metadata, error) {
 	c.config(top.object("config"), m)
 	c.segments(top.object("segments"), m)
 	for id, o := range top.object("keyslots").numbered() {
-		m.keyslots[id] = c.keyslot(o)
+		m.keyslots[id] = c.keyslot(o, m)
 	}
 	c.digests(top.object("digests"), m)
 	tokens := top.object("tokens")
@@ -136,13 +137,23 @@ func (c *checker) segments(o object, m *metadata) {
 	if c.err == nil && m.sectorSize != 512 && m.sectorSize != 4096 {
 		c.fail("%s: sector_size is %d, not 512 or 4096", s.path, m.sectorSize)
 	}
+	if raw, ok := s.optional("integrity"); ok {
+		i := c.object(s.at("integrity"), raw)
+		i.text("type", integrityType)
+		i.text("journal_encryption", "none")
+		i.text("journal_integrity", "none")
+		i.done()
+		m.integrity = HMACSHA256
+	}
 	s.done()
 }
 
-func (c *checker) keyslot(o object) keyslot {
+// keyslot wants a key as long as the segment has it: that of a volume with
+// integrity, taken for one without, would have its tags ignored.
+func (c *checker) keyslot(o object, m *metadata) keyslot {
 	s := keyslot{priority: 1}
 	o.text("type", "luks2")
-	o.number("key_size", VolumeKeyBytes, VolumeKeyBytes)
+	o.number("key_size", int64(m.keyBytes()), int64(m.keyBytes()))
 	if _, ok := o.fields["priority"]; ok {
 		s.priority = int(o.number("priority", 0, 2))
 	}
@@ -155,9 +166,9 @@ func (c *checker) keyslot(o object) keyslot {
 	area := o.object("area")
 	area.text("type", "raw")
 	area.text("encryption", Cipher)
-	area.number("key_size", VolumeKeyBytes, VolumeKeyBytes)
+	area.number("key_size", areaKeyBytes, areaKeyBytes)
 	s.area.offset = area.size("offset", keyslotsOffset, dataOffset)
-	s.area.size = area.size("size", keyMaterialBytes, keyslotsBytes)
+	s.area.size = area.size("size", int64(m.materialBytes()), keyslotsBytes)
 	if c.err == nil && (s.area.offset%areaAlign != 0 || s.area.size%areaAlign != 0) {
 		c.fail("%s: offset %d and size %d are not multiples of %d", area.path, s.area.offset, s.area.size, areaAlign)
 	}

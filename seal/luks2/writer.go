@@ -24,11 +24,15 @@ type FormatOptions struct {
 	Rand io.Reader
 	// SectorSize is the unit of encryption, 512 or 4096 bytes; 0 means 4096.
 	SectorSize int
+	// Integrity is [HMACSHA256] for a volume whose sectors are authenticated, "" for
+	// one whose are not. Tags and journal are the kernel's: the caller lets it make
+	// them, and writes every sector once, before anything reads one.
+	Integrity string
 }
 
 // Format makes the header of a new volume in memory; nothing is written.
-// volumeKey is 64 random bytes and stays the caller's to wipe. The header needs
-// a keyslot before it can be written.
+// volumeKey is [KeyBytes] random bytes and stays the caller's to wipe. The header
+// needs a keyslot before it can be written.
 func Format(o FormatOptions, volumeKey []byte) (*Header, error) {
 	o.SectorSize = cmp.Or(o.SectorSize, 4096)
 	switch {
@@ -40,8 +44,10 @@ func Format(o FormatOptions, volumeKey []byte) (*Header, error) {
 		return nil, fmt.Errorf("format LUKS2 volume: subsystem is %q, not printable text of at most 47 bytes", o.Subsystem)
 	case o.SectorSize != 512 && o.SectorSize != 4096:
 		return nil, fmt.Errorf("format LUKS2 volume: sector size is %d, not 512 or 4096", o.SectorSize)
+	case o.Integrity != "" && o.Integrity != HMACSHA256:
+		return nil, fmt.Errorf("format LUKS2 volume: integrity is %q, not %s", o.Integrity, HMACSHA256)
 	}
-	if err := errors.Join(checkSize(o.SizeBytes), checkVolumeKey(volumeKey)); err != nil {
+	if err := errors.Join(checkSize(o.SizeBytes), checkVolumeKey(volumeKey, o.Integrity)); err != nil {
 		return nil, fmt.Errorf("format LUKS2 volume: %w", err)
 	}
 	if o.Rand == nil {
@@ -63,7 +69,7 @@ func Format(o FormatOptions, volumeKey []byte) (*Header, error) {
 		return nil, fmt.Errorf("format LUKS2 volume: %w", err)
 	}
 	h.meta = metadata{
-		keyslots: map[int]keyslot{}, tokens: map[int]json.RawMessage{}, sectorSize: o.SectorSize, digest: d,
+		keyslots: map[int]keyslot{}, tokens: map[int]json.RawMessage{}, sectorSize: o.SectorSize, integrity: o.Integrity, digest: d,
 	}
 	return h, nil
 }
