@@ -89,7 +89,7 @@ sha256sum "$1"/root.img "$1"/uki.efi`, "sh", filepath.Join(b.folder(updated().ve
 	return ours, theirs, err
 }
 
-// adds measures publishing a release: pack, tree and one patch.
+// adds measures publishing a release: pack, pieces, tree and one patch.
 func (b *bench) adds() error {
 	for _, r := range []release{asReleased(), updated()} {
 		if err := b.make(r); err != nil {
@@ -126,7 +126,7 @@ func (b *bench) adds() error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("| root of %d MB | holdfast repo add | peak memory | made |\n|---|---|---|---|\n| pack, tree and one patch | %s | %d MiB |",
+	fmt.Printf("| root of %d MB | holdfast repo add | peak memory | made |\n|---|---|---|---|\n| pack, pieces, tree and one patch | %s | %d MiB |",
 		m.Root.SizeBytes/1e6, all.text(), all.rss>>20)
 	for _, blob := range rel.Blobs {
 		fmt.Printf(" %s %.1f MB", blob.Role, float64(blob.SizeBytes)/1e6)
