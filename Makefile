@@ -109,7 +109,7 @@ campaign: inputs $(SYSTEMD_ROOT)/.complete
 # The tools that updates are compared with are needed for nothing else.
 BENCH_PACKAGES := casync rauc squashfs-tools
 BENCH := $(BUILD)/bench
-bench: inputs $(BENCH)/tools.stamp $(BENCH)/first.tar $(BENCH)/second.tar $(BENCH)/kernels.stamp $(BENCH)/etcd-first $(BENCH)/etcd-second
+bench: inputs $(SYSTEMD_ROOT)/.complete $(BENCH)/tools.stamp $(BENCH)/first.tar $(BENCH)/second.tar $(BENCH)/kernels.stamp $(BENCH)/etcd-first $(BENCH)/etcd-second
 	$(GO) run ./examples/bench
 
 $(BENCH)/tools.stamp: | $(BUILD)/tools.stamp

@@ -1,5 +1,5 @@
-// Command bench measures the builder, and what becomes of an update, against the
-// standard tools on the same input in the same run, and prints Markdown tables.
+// Command bench measures the builder, what becomes of an update, and the opening of a
+// volume by the TPM, against the standard tools on the same input in the same run, and prints Markdown tables.
 // `make bench` runs it.
 //
 // The reference makes the same parts: mkfs.erofs, veritysetup format, mkfs.vfat
@@ -31,7 +31,8 @@ func main() {
 	inputs := flag.String("inputs", "build/inputs", "folder with linux-image.deb")
 	keyDir := flag.String("keys", "build/keys", "the vendor's keys")
 	trees := flag.String("trees", "build/bench", "folder with the roots, kernels and programs that updates are made of")
-	what := flag.String("what", "build,apply,add,fetch,attest", "what to measure")
+	systemd := flag.String("systemd", os.Getenv("HOLDFAST_SYSTEMD_ROOT"), "folder with Debian 13's systemd-cryptsetup, for unlock")
+	what := flag.String("what", "build,apply,add,fetch,attest,unlock", "what to measure")
 	runs := flag.Int("runs", 5, "counted runs of each")
 	if len(os.Args) > 1 && os.Args[1] == rebuildVerb { // by itself, as a process whose memory is measured
 		if err := rebuildRoot(os.Args[2:]); err != nil {
@@ -40,7 +41,7 @@ func main() {
 		return
 	}
 	flag.Parse()
-	b := &bench{runs: *runs}
+	b := &bench{runs: *runs, systemd: *systemd}
 	for _, p := range []struct {
 		into *string
 		path string
@@ -62,8 +63,8 @@ func fail(err error) {
 }
 
 type bench struct {
-	holdfast, inputs, keys, trees, dir string
-	runs                               int
+	holdfast, inputs, keys, trees, systemd, dir string
+	runs                                        int
 }
 
 // measured is what one command cost, run by run.
@@ -86,11 +87,11 @@ func (b *bench) run(what []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(b.dir)) }()
-	parts := map[string]func() error{"build": b.builds, "apply": b.applies, "add": b.adds, "fetch": b.fetches, "attest": b.attests}
+	parts := map[string]func() error{"build": b.builds, "apply": b.applies, "add": b.adds, "fetch": b.fetches, "attest": b.attests, "unlock": b.unlocks}
 	for _, w := range what {
 		part, ok := parts[w]
 		if !ok {
-			return fmt.Errorf("-what %s: there are build, apply, add, fetch and attest", w)
+			return fmt.Errorf("-what %s: there are build, apply, add, fetch, attest and unlock", w)
 		}
 		if err := part(); err != nil {
 			return fmt.Errorf("%s: %w", w, err)
