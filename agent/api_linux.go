@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/holdfast-os/holdfast/seal/attest"
 )
 
 // The local API: HTTP and JSON over a unix socket that only root may open.
@@ -27,8 +29,9 @@ const (
 	statePath = "/run/holdfast/state.json"
 )
 
-// maxAnswer caps what a client reads from the socket.
-const maxAnswer = 4 << 20
+// maxAnswer caps what a client reads from the socket: an answer to a challenge, in base64,
+// is the longest.
+const maxAnswer = attest.MaxAnswerBytes/3*4 + 1<<20
 
 // serveAPI answers until ctx ends.
 func (s *system) serveAPI(ctx context.Context) error {
@@ -60,6 +63,7 @@ func (s *system) serveAPI(ctx context.Context) error {
 	mux.HandleFunc("DELETE /v1/pin", s.answerPIN)
 	mux.HandleFunc("GET /v1/update", s.answerUpdate)
 	mux.HandleFunc("POST /v1/update/{action}", s.answerUpdate)
+	mux.HandleFunc("POST /v1/attest", s.answerAttest)
 	s.serveRecovery(mux)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() {

@@ -10,6 +10,7 @@ import (
 	"unicode"
 
 	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/seal/attest"
 )
 
 // Status is what `holdfast-agent status --json` prints. Fields are added, never
@@ -45,6 +46,9 @@ type Status struct {
 	PCRs map[int]string `json:"pcrs,omitempty"`
 	// Lockout is what the TPM counts against guessing of PINs; nil when it was not asked.
 	Lockout *LockoutStatus `json:"tpm_lockout,omitempty"`
+	// Measured is what the initrd extended into registers, in order: no log of the
+	// firmware has that.
+	Measured []attest.Measurement `json:"measured,omitempty"`
 	// Repaired says, after a boot that the recovery key opened, that the TPM opens again.
 	Repaired string   `json:"repaired,omitempty"`
 	Degraded []string `json:"degraded,omitempty"` // why protection is less than the policy's best

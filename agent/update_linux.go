@@ -309,21 +309,33 @@ func (s *system) updates(ctx context.Context) {
 	if s.custody != nil {
 		go s.custody.deliver(ctx)
 	}
-	escrow := s.custody != nil && len(s.app.Recovery.Holders) > 0
-	if s.updater != nil && s.app.Update.Stick || s.updater == nil && escrow {
+	if s.takesFromMedia() || s.carriesEscrow() || s.app.Evidence.Stick {
 		go watchMedia(ctx, s.initrd.Disk, func(device string, still func() bool) { s.lookAt(ctx, device, still, restart) })
 	}
 }
 
+// takesFromMedia says whether updates come by media.
+func (s *system) takesFromMedia() bool { return s.updater != nil && s.app.Update.Stick }
+
+// carriesEscrow says whether media are looked at for the escrow: a release that wants no
+// updates from media does not want receipts from there either.
+func (s *system) carriesEscrow() bool {
+	return s.custody != nil && len(s.app.Recovery.Holders) > 0 && (s.updater == nil || s.app.Update.Stick)
+}
+
 // lookAt takes from a medium what there is for this box: first a receipt, for which an
-// update on it may wait.
+// update on it may wait; then a challenge, which is answered by the release that runs
+// now, and once more by the next one if the medium is still there when that has started.
 func (s *system) lookAt(ctx context.Context, device string, still func() bool, restart func(version string)) {
-	if s.custody != nil {
+	if s.carriesEscrow() {
 		if err := s.custody.carry(device, s.app.Update.WriteBack, still); err != nil {
 			s.log.Warn("medium", "device", device, "error", err)
 		}
 	}
-	if s.updater == nil {
+	if err := s.newEvidence().carry(device, s.app.Evidence.Stick, still); err != nil {
+		s.log.Warn("medium", "device", device, "error", err)
+	}
+	if !s.takesFromMedia() {
 		return
 	}
 	version, err := s.updater.fromMedium(ctx, device, still)

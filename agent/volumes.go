@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 )
@@ -98,6 +99,8 @@ type Machine struct {
 	secret  []byte        // that the TPM gave for it
 	now     map[int]pcr.Digest
 	phases  []string // measured in this boot
+	// measured is what was extended, in order.
+	measured []attest.Measurement
 }
 
 // recordedPCRs are kept beside the seal to explain a refusal later; boundPCRs are
@@ -564,7 +567,9 @@ func (m *Machine) seenIdentity(vols []*volume) error {
 	}
 	if err := seal.ExtendPCR(m.tpm, identityPCR, macs); err != nil {
 		m.Log.Warn("identity of the volumes not measured", "error", err)
+		return nil
 	}
+	m.measured = append(m.measured, attest.MeasuredBytes(identityPCR, macs, "data volumes"))
 	return nil
 }
 
@@ -582,6 +587,7 @@ func (m *Machine) EnterPhase(phase string) error {
 		return err
 	}
 	m.phases = append(m.phases, phase)
+	m.measured = append(m.measured, attest.MeasuredText(phasePCR, phase))
 	return nil
 }
 
@@ -596,6 +602,7 @@ func (m *Machine) EnterPhase(phase string) error {
 func (m *Machine) Leave(s *Status) error {
 	err := m.EnterPhase(phaseLeaveInitrd)
 	m.countTPM(s)
+	s.Measured = m.measured
 	if err == nil {
 		return nil
 	}

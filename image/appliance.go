@@ -63,6 +63,8 @@ type Appliance struct {
 	OnShutdown []Container `json:"onshutdown,omitempty"` // run in reverse order
 	// Update is zero in a release that takes no updates.
 	Update Update `json:"update,omitzero"`
+	// Evidence says what the box may tell its vendor.
+	Evidence Evidence `json:"evidence,omitzero"`
 	// Handoff, when set, is the argv of the image's own init: the agent prepares
 	// the root and the volumes and then becomes it.
 	Handoff []string `json:"handoff,omitempty"`

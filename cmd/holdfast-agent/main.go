@@ -49,6 +49,9 @@ const usage = `usage: holdfast-agent VERB
   recovery [status]      who has the recovery key, in which escrow  [--json]
   recovery replace       another recovery key; the old one holds until that is typed back
   recovery escrow FILE   the escrow, for who keeps it;  recovery receipt FILE brings his receipt
+  attest --challenge FILE [-o FILE] [--json]
+                         answer the vendor's challenge: what the TPM signs of this box's state,
+                         and the files that the release lets go along
   doctor [--policy NAME] [--json]
                          is this box fit to keep data? 0 it is, 1 it is not; needs no
                          agent: from any Linux, before an installation
@@ -127,6 +130,8 @@ func run(args []string) int {
 		err = updates(ctx, c, args[1], args[2:])
 	case args[0] == "recovery":
 		err = recovery(ctx, args[1:])
+	case args[0] == "attest":
+		err = answerChallenge(ctx, c, args[1:])
 	case args[0] == "doctor":
 		err = doctor(args[1:])
 	case args[0] == "reset":

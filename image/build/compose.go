@@ -105,6 +105,7 @@ func (b *builder) appliance() *image.Appliance {
 			Policy: s.Seal.Policy, PolicyKeyPEM: string(b.in.Keys.PolicyPublicPEM),
 			PIN: s.Seal.PIN, Repair: s.Seal.Repair, Epoch: b.sealEpoch(),
 		},
+		Evidence: image.Evidence(s.Evidence),
 	}
 	for _, d := range s.Disk.Data {
 		a.Volumes = append(a.Volumes, image.Volume{Name: d.Name, Mount: d.Mount, SizeBytes: int64(d.Size), Integrity: d.Integrity})

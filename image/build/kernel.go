@@ -72,7 +72,7 @@ func (b *builder) openKernel() (*kernel, error) {
 		names = append(names, integrityModules...)
 	}
 	useful := usefulModules
-	if u := b.spec.Update; u.Root != "" && (u.Stick == nil || *u.Stick) {
+	if b.readsMedia() {
 		useful = slices.Concat(useful, mediaModules)
 	}
 	if k.version, k.modules, err = kmod.Resolve(files, names, useful); err != nil {
@@ -86,6 +86,16 @@ func (b *builder) openKernel() (*kernel, error) {
 		b.manifest.Modules = append(b.manifest.Modules, m.Name)
 	}
 	return k, nil
+}
+
+// readsMedia says whether the agent looks at media that are plugged in: for updates,
+// for the escrow's receipt, or for challenges.
+func (b *builder) readsMedia() bool {
+	u := b.spec.Update
+	if u.Root == "" {
+		return b.spec.Evidence.Stick || len(b.spec.Recovery.Holders) > 0
+	}
+	return b.spec.Evidence.Stick || u.Stick == nil || *u.Stick
 }
 
 func find(root *tree.Node, p string) *tree.Node {

@@ -62,6 +62,7 @@ func (r *report) checkSpec(s *Spec) {
 	r.checkSeal(s.Seal)
 	r.oneOf("secureboot.enroll", s.SecureBoot.Enroll, "off", "manual", "force")
 	r.checkUpdate(&s.Update)
+	r.checkEvidence(&s.Evidence)
 	r.checkRecovery(&s.Recovery)
 	for i := range s.Files {
 		r.checkFile(index("files", i), &s.Files[i])

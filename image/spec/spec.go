@@ -95,6 +95,8 @@ type Spec struct {
 
 	Recovery Recovery `yaml:"recovery"`
 
+	Evidence Evidence `yaml:"evidence"`
+
 	Keys string `yaml:"keys"` // folder with the vendor's keys
 
 	// Warnings are about what was accepted and has no effect, or may surprise.

@@ -300,7 +300,7 @@ func TestStarter(t *testing.T) {
 		t.Errorf("%d lines are no single page", n)
 	}
 	// What is commented out must be right as well.
-	open := regexp.MustCompile(`(?m)^(\s*)# (arch|hostname|init|  - registry|onboot|  - \{name: prepare|onshutdown|sysctl|slot|command|env|user|capabilities|runtime|restart|- \{name: eth1|update|  root|  url|  channel|  check|  window|  automatic)`)
+	open := regexp.MustCompile(`(?m)^(\s*)# (arch|hostname|init|  - registry|onboot|  - \{name: prepare|onshutdown|sysctl|slot|command|env|user|capabilities|runtime|restart|- \{name: eth1|evidence|update|  root|  url|  channel|  check|  window|  automatic)`)
 	full := open.ReplaceAll(spec.Starter("ledger"), []byte("$1$2"))
 	s = mustParse(t, "uncommented.yaml", string(full))
 	if err := s.Validate(); err != nil || len(s.Init) != 1 || len(s.OnBoot) != 1 || len(s.Network) != 2 || s.Services[0].User != "web" || s.Disk.Slot == 0 ||

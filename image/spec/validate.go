@@ -37,6 +37,7 @@ func (s *Spec) Validate() error {
 		r.errorf("update.root", "write root: root.json, as holdfast repo root prints it", "updates need the keys that releases are signed with")
 	}
 	r.validateRecovery(s)
+	r.validateEvidence(s)
 	r.validateEpoch(s)
 	r.validateImages(s)
 	return r.err()
