@@ -129,9 +129,20 @@ func slotState(e partition.Entry, running bool) string {
 	return "good"
 }
 
-// carry answers the challenges on a medium, beside them. Where the release does not allow
-// that, it says so and writes nothing.
-func (e *Evidence) carry(device string, allowed bool, still func() bool) (err error) {
+// refuseChallenges says of a medium that is mounted why its challenges stay unanswered.
+func (s *system) refuseChallenges(dir string) {
+	if s.app.Evidence.Stick {
+		return
+	}
+	if paths, _, err := challengesIn(dir); err == nil && len(paths) > 0 {
+		s.log.Warn("a challenge is not answered: this release lets no evidence leave on a medium; its spec would say evidence: {stick: true}",
+			"file", printable(filepath.Base(paths[0])))
+	}
+}
+
+// carry answers the challenges on a medium, beside them. still says whether the device is
+// the same medium yet.
+func (e *Evidence) carry(device string, still func() bool) (err error) {
 	f, err := os.Open(device)
 	if errors.Is(err, unix.ENOMEDIUM) {
 		return nil
@@ -146,7 +157,7 @@ func (e *Evidence) carry(device string, allowed bool, still func() bool) (err er
 	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
 		return err
 	}
-	folders, replies, err := e.fromFolder(mediaPath, allowed)
+	folders, replies, err := e.fromFolder(mediaPath)
 	unmountMedium()
 	if len(replies) == 0 || errors.Is(err, unix.EIO) || !still() {
 		return err
@@ -168,13 +179,10 @@ func (e *Evidence) carry(device string, allowed bool, still func() bool) (err er
 }
 
 // fromFolder answers the challenges of a medium that is mounted.
-func (e *Evidence) fromFolder(dir string, allowed bool) (folders []string, replies []reply, err error) {
+func (e *Evidence) fromFolder(dir string) (folders []string, replies []reply, err error) {
 	paths, more, err := challengesIn(dir)
 	if err != nil || len(paths) == 0 {
 		return nil, nil, err
-	}
-	if !allowed {
-		return nil, nil, fmt.Errorf("%s is not answered: this release lets no evidence leave on a medium (its spec would say evidence: {stick: true})", printable(filepath.Base(paths[0])))
 	}
 	if more {
 		e.Log.Warn("there are more challenges than are answered", "answered", len(paths))

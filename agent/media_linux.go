@@ -132,6 +132,9 @@ func (u *Updater) fromMedium(ctx context.Context, device string, still func() bo
 		return "", err
 	}
 	u.Log.Info("medium", "device", device, "filesystem", fs)
+	if u.mounted != nil {
+		u.mounted(mediaPath)
+	}
 	version, found, err := u.applyFromFolder(ctx, mediaPath)
 	unmountMedium()
 	if !found && err == nil {

@@ -105,7 +105,7 @@ func (s *system) newUpdater() (*Updater, error) {
 	if len(s.app.Volumes) > 0 {
 		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
 	}
-	u.Prepare = s.prepare
+	u.Prepare, u.mounted = s.prepare, s.refuseChallenges
 	if len(s.initrd.Volumes) > 0 {
 		u.Device.ID = s.initrd.Volumes[0].UUID // made at random when the box was provisioned
 	}
@@ -332,8 +332,10 @@ func (s *system) lookAt(ctx context.Context, device string, still func() bool, r
 			s.log.Warn("medium", "device", device, "error", err)
 		}
 	}
-	if err := s.newEvidence().carry(device, s.app.Evidence.Stick, still); err != nil {
-		s.log.Warn("medium", "device", device, "error", err)
+	if s.app.Evidence.Stick {
+		if err := s.newEvidence().carry(device, still); err != nil {
+			s.log.Warn("medium", "device", device, "error", err)
+		}
 	}
 	if !s.takesFromMedia() {
 		return

@@ -60,6 +60,8 @@ type Updater struct {
 	// Hold, when set, says why none may be installed now; it is asked each time.
 	Hold func() error
 	Now  func() time.Time
+	// mounted, when set, has a look at each medium too.
+	mounted func(dir string)
 
 	// locks is where processes that share Dir have their locks; "" when there is only this one.
 	locks string

@@ -77,7 +77,7 @@ func (w *webServer) holdfast(t *testing.T, args ...string) []byte {
 		if e, ok := err.(*exec.ExitError); ok {
 			said = e.Stderr
 		}
-		t.Fatalf("holdfast %s: %v\n%s", strings.Join(args, " "), err, said)
+		t.Fatalf("holdfast %s: %v\n%s%s", strings.Join(args, " "), err, said, out)
 	}
 	return out
 }
