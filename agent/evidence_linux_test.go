@@ -421,8 +421,8 @@ func TestEvidenceSize(t *testing.T) {
 	e := w.evidence()
 	e.Files = []EvidenceFile{{journalFile, func() []byte { return journal }}, {statusFile, func() []byte { return keptStatus(status) }}, {logsFile, func() []byte { return logs }}}
 	r, err := e.answer(w.ask().Marshal())
-	if err != nil || len(r.content) > 100<<10 || r.spent > 3*time.Second {
-		t.Errorf("an answer of %d bytes in %v: %v", len(r.content), r.spent, err)
+	if err != nil || len(r.content) > 100<<10 {
+		t.Errorf("an answer of %d bytes: %v", len(r.content), err)
 	}
 	t.Logf("an answer with all files full: %d bytes in %v", len(r.content), r.spent)
 }
