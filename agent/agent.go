@@ -105,7 +105,27 @@
 // volume was made without, or the other way, changes nothing but what status says.
 // After a hand-off nothing watches for errors; the kernel's log has them.
 //
+// # Encrypted slots
+//
+// Where the spec asks for it (disk.encrypt_slots), the slots are encrypted with a key of
+// the box's own, below dm-verity; see package slotcrypt. The key is made with the volumes
+// and lies on them, so that whatever opens them opens the slots, the recovery key too,
+// and nothing more is sealed. The order of a boot is another one then: the volumes come
+// first, then the slot, then the root. A slot that is in the clear, as the builder and
+// the bench leave it, is encrypted in place by its first boot; the agent writes a release
+// encrypted if that release asks for it. A slot whose release does not is left in the
+// clear: that release could not open it.
+//
+// [Eraser.Reset] carries the key over, encrypted under the secret that the TPM gave in
+// this boot, on the ESP, until the next boot has made new volumes. It refuses where the
+// TPM has not opened the volumes since the box has encrypted slots. [Eraser.Decommission]
+// leaves slots that nobody opens any more.
+//
 // # What is not protected
+//
+// Slots are in the clear unless the spec says otherwise, and the kernel image on the ESP
+// (kernel, initrd, this agent) always is. What flash kept of a slot from before it was
+// encrypted is not reached.
 //
 // A medium's file system is parsed by the kernel: spec `stick: false` keeps it out.
 // Without a data volume nothing is remembered from boot to boot, and a release that

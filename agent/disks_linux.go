@@ -43,6 +43,7 @@ type rootFinder struct {
 	log       *slog.Logger
 	verity    image.Verity
 	volume    string // the first data volume; "" is none
+	encrypted bool   // the release's slots are
 	from      origin
 	sys, dev  string        // /sys and /dev
 	wait      time.Duration // [diskTime]
@@ -103,7 +104,7 @@ func (f *rootFinder) search() (found []rootPartition, looked []string, err error
 		r := rootPartition{filepath.Join(f.dev, filepath.Base(dir)), filepath.Join(f.dev, filepath.Base(filepath.Dir(dir)))}
 		looked = append(looked, r.device)
 		known := slices.ContainsFunc(found, func(o rootPartition) bool { return o.disk == r.disk })
-		if !known && holdsRoot(r.device, f.verity) {
+		if !known && (holdsRoot(r.device, f.verity) || f.encrypted && isNamed(r, p, f.verity)) {
 			found = append(found, r)
 		}
 	}
@@ -187,6 +188,30 @@ func holdsRoot(device string, v image.Verity) bool {
 	}
 	hash, _, err := verity.RootHashOfTree(f, v.DataBlocks*verity.BlockSize)
 	return err == nil && hex.EncodeToString(hash[:]) == v.RootHash
+}
+
+// isNamed says whether a boot entry of the partition's disk names this root for the
+// slot that the partition is. Of an encrypted slot, no more can be known before the
+// volumes are open; dm-verity then tells. number is the partition's file in /sys.
+func isNamed(r rootPartition, number string, v image.Verity) bool {
+	n, err := readNumber(number)
+	if err != nil {
+		return false
+	}
+	dev, err := partition.OpenReadOnly(r.disk)
+	if err != nil {
+		return false
+	}
+	defer dev.Close()
+	d, err := partition.Open(dev)
+	if err != nil || n < 1 || n > int64(len(d.Layout().Partitions)) {
+		return false
+	}
+	entries, err := d.Entries()
+	name := d.Layout().Partitions[n-1].Name
+	return err == nil && slices.ContainsFunc(entries, func(e partition.Entry) bool {
+		return e.RootHash == v.RootHash && e.Slot.Partition() == name
+	})
 }
 
 // partitionDevice is the kernel's name for partition number n of disk.

@@ -26,6 +26,10 @@ const (
 	sysroot = "/sysroot"
 	// rootMapping is the dm name of the verified root; volumes have volumeMapping.
 	rootMapping = "holdfast-root"
+	// slotMapping is that of an encrypted slot, below the verified root.
+	slotMapping = "holdfast-slot"
+	// beforeRoot is where the volumes are mounted until there is a root.
+	beforeRoot = "/volumes"
 	// The stub puts the UKI's .pcrsig section here (systemd-stub(7)).
 	signaturesPath = "/.extra/tpm2-pcr-signature.json"
 	softdog        = "softdog.ko"
@@ -59,7 +63,7 @@ func RunInitrd(console *os.File) error {
 		return err
 	}
 	i.status.Boot.KernelMilliseconds = uptime().Milliseconds()
-	for _, step := range []func() error{i.readBoot, i.loadModules, i.mapRoot, i.openVolumes, i.leave} {
+	for _, step := range []func() error{i.readBoot, i.loadModules, i.findDisk, i.open, i.leave} {
 		if err := step(); err != nil {
 			if !errors.Is(err, ErrReboot) && !errors.Is(err, ErrPowerOff) {
 				i.rearm()
@@ -152,6 +156,7 @@ func (i *initrd) readBoot() error {
 	}
 	a := i.boot.Appliance
 	i.status.Name, i.status.Version, i.status.Architecture = a.Name, a.Version, a.Architecture
+	i.status.EncryptSlots = a.EncryptSlots
 	i.status.RootHash, i.status.Verity = i.boot.Root.RootHash, i.boot.Root
 	i.log.Info("starting", "name", a.Name, "version", a.Version)
 	cmdline, err := os.ReadFile("/proc/cmdline")
@@ -214,10 +219,8 @@ func moduleParameters(file, cmdline string) string {
 	return strings.Join(words, " ")
 }
 
-// mapRoot finds the root by its hash, puts dm-verity over it and reads the
-// files the next stage starts with, so that damage there is met before any key
-// is asked for.
-func (i *initrd) mapRoot() (err error) {
+// findDisk finds the root's partition and opens its disk.
+func (i *initrd) findDisk() (err error) {
 	if err := i.findRoot(); err != nil {
 		return err
 	}
@@ -232,7 +235,24 @@ func (i *initrd) mapRoot() (err error) {
 	}
 	i.status.Slot, i.status.Disk = i.slot(), i.root.disk
 	i.arm(i.disk)
-	device, err := dm.Verity(rootMapping, i.root.device, i.boot.Root)
+	return nil
+}
+
+// open maps the root and opens the volumes: the root first, so that damage there is met
+// before any key is asked for, but where the root's own key is on the volumes.
+func (i *initrd) open() error {
+	if i.boot.Appliance.EncryptSlots {
+		return i.openEncrypted()
+	}
+	if err := i.mapRoot(i.root.device); err != nil {
+		return err
+	}
+	return i.openVolumes(sysroot, nil)
+}
+
+// mapRoot puts dm-verity over the device and reads the files the next stage starts with.
+func (i *initrd) mapRoot(device string) error {
+	device, err := dm.Verity(rootMapping, device, i.boot.Root)
 	if err != nil {
 		return err
 	}
@@ -259,7 +279,7 @@ func (i *initrd) findRoot() (err error) {
 			i.from = originOf(log)
 		}
 	}
-	f := &rootFinder{log: i.log, verity: i.boot.Root, from: i.from, sys: sysPath, dev: devPath, wait: diskTime}
+	f := &rootFinder{log: i.log, verity: i.boot.Root, encrypted: i.boot.Appliance.EncryptSlots, from: i.from, sys: sysPath, dev: devPath, wait: diskTime}
 	if v := i.boot.Appliance.Volumes; len(v) > 0 {
 		f.volume = v[0].Name
 	}
@@ -288,11 +308,11 @@ func (i *initrd) slot() string {
 	return ""
 }
 
-// openVolumes measures the phase in which keys may be had and opens the volumes.
-func (i *initrd) openVolumes() error {
+// openVolumes measures the phase in which keys may be had and opens the volumes below root.
+func (i *initrd) openVolumes(root string, slots *Slots) error {
 	m := &Machine{
-		Log: i.log, Console: i.console, Root: sysroot, Slot: i.status.Slot, Echo: echoOf(i.console),
-		Storage:       &kernelStorage{disk: i.root.disk},
+		Log: i.log, Console: i.console, Root: root, Slots: slots, Slot: i.status.Slot, Echo: echoOf(i.console),
+		Storage:       &kernelStorage{disk: i.root.disk, root: root},
 		OpenTPM:       waitForTPM,
 		Signatures:    func() ([]byte, error) { return os.ReadFile(signaturesPath) },
 		SecureBoot:    i.secureBoot(),
@@ -306,6 +326,9 @@ func (i *initrd) openVolumes() error {
 	parts, err := i.dataPartitions()
 	if err != nil {
 		return err
+	}
+	if slots != nil {
+		slots.Disk = i.disk
 	}
 	if err := m.OpenVolumes(i.boot, parts, &i.status); err != nil {
 		return err

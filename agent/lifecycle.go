@@ -55,6 +55,9 @@ type Eraser struct {
 	Now     func() time.Time
 	// Lock, when set, keeps others from changing the headers meanwhile.
 	Lock func() (unlock func(), err error)
+	// CarrySlotKey, when set, is for a box whose slots are encrypted. Reset calls it before
+	// anything is destroyed; see slots.go.
+	CarrySlotKey func() error
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
 }
@@ -70,6 +73,8 @@ type Proof struct {
 	Completed bool           `json:"completed_an_interrupted_run,omitempty"`
 	Volumes   []ErasedVolume `json:"volumes"`
 	TPM       *ErasedTPM     `json:"tpm,omitempty"`
+	// Slots is what became of encrypted slots.
+	Slots string `json:"slots,omitempty"`
 	// Problems are what could not be done; the volumes are erased all the same.
 	Problems []string `json:"problems,omitempty"`
 }
@@ -105,13 +110,14 @@ func (p Proof) WriteTo(w io.Writer) (int64, error) {
 }
 
 // Reset makes the data volumes what they were when they came from the builder: the
-// next boot provisions them. Releases, boot entries and the TPM stay.
+// next boot provisions them. Releases, boot entries and the TPM stay; slots that are
+// encrypted stay so, and open.
 func (e *Eraser) Reset() (Proof, error) {
 	return e.erase("factory reset", partition.UnprovisionedMarker)
 }
 
 // Decommission ends the box's life: no boot makes volumes again until an image is
-// written anew. Its TPM gives up the counter and the storage key.
+// written anew. What is in encrypted slots is noise then. Its TPM gives up the counter and the storage key.
 func (e *Eraser) Decommission() (Proof, error) {
 	return e.erase("decommission", decommissionedMarker)
 }
@@ -134,6 +140,15 @@ func (e *Eraser) erase(what, marker string) (p Proof, err error) {
 	srk, err := e.look(&p)
 	if err != nil {
 		return p, err
+	}
+	if e.CarrySlotKey != nil {
+		p.Slots = "encrypted, and their key destroyed with the volumes"
+	}
+	if e.CarrySlotKey != nil && marker == partition.UnprovisionedMarker {
+		p.Slots = "encrypted, and their key carried over, which this TPM opens"
+		if err := e.CarrySlotKey(); err != nil {
+			return p, err
+		}
 	}
 	for i := len(e.Volumes) - 1; i >= 0; i-- {
 		if err := mark(e.Volumes[i].Device, marker); err != nil {

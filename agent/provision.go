@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"crypto/subtle"
 	"encoding/base64"
 	"errors"
@@ -179,7 +180,7 @@ func (m *Machine) seal(b image.Boot, policy seal.Policy, keys *secrets) (token s
 	if err != nil {
 		return token, record, err
 	}
-	m.opened = &token
+	m.opened, m.secret = &token, bytes.Clone(keys.sealed)
 	return token, seal.Record{Policy: policy.Name, PCRs: now, SRKName: srk.Name, Release: b.Appliance.Name + " " + b.Appliance.Version}, nil
 }
 

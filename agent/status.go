@@ -28,6 +28,9 @@ type Status struct {
 	Disk string `json:"disk,omitempty"`
 	// Slots are the installed releases.
 	Slots []SlotStatus `json:"slots,omitempty"`
+	// EncryptSlots says that the running release has its slots be encrypted. The kernel
+	// images on the ESP are in the clear all the same.
+	EncryptSlots bool `json:"encrypt_slots,omitempty"`
 	// Policy is the sealing policy in force, whole, a line a rule.
 	Policy string   `json:"policy"`
 	Rules  []string `json:"rules,omitempty"`
@@ -96,6 +99,8 @@ type SlotStatus struct {
 	Sequence int64  `json:"sequence"` // of installations on this disk
 	State    string `json:"state"`    // "good", or what is wrong
 	Running  bool   `json:"running,omitempty"`
+	// Encrypted says that no file system is in the slot in the clear.
+	Encrypted bool `json:"encrypted"`
 }
 
 // VolumeStatus is one data volume.
@@ -186,6 +191,7 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	if s.Repaired != "" {
 		fmt.Fprintf(&b, "repaired  %s\n", s.Repaired)
 	}
+	s.encryption(&b)
 	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)
 	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)
 	for _, r := range s.Slots {
@@ -218,6 +224,21 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err
+}
+
+// encryption says what of the releases is encrypted, where the spec asks for it.
+func (s *Status) encryption(b *strings.Builder) {
+	if !s.EncryptSlots {
+		return
+	}
+	for _, r := range s.Slots {
+		if r.Encrypted {
+			fmt.Fprintf(b, "slot %s    encrypted with a key on the data volumes\n", r.Slot)
+			continue
+		}
+		fmt.Fprintf(b, "slot %s    IN THE CLEAR: the next update encrypts it, and so does a boot of it whose release encrypts slots\n", r.Slot)
+	}
+	fmt.Fprintln(b, "slots     what starts before them is not encrypted: kernel, initrd and agent on the boot partition")
 }
 
 // maxTextBytes is how much of a text that may have come from a medium or a network is shown.

@@ -15,6 +15,7 @@ import (
 // kernelStorage is [Storage] by the running kernel.
 type kernelStorage struct {
 	disk string // /dev/vda
+	root string // where Mount's places are below
 }
 
 func (s *kernelStorage) Map(p Partition, h *luks2.Header, key []byte) (string, error) {
@@ -88,7 +89,7 @@ func growToDevice(device, at string) error {
 }
 
 func (s *kernelStorage) Unmap(p Partition) error {
-	if err := unix.Unmount(filepath.Join(sysroot, p.Volume.Mount), 0); err != nil {
+	if err := unix.Unmount(filepath.Join(s.root, p.Volume.Mount), 0); err != nil {
 		return err
 	}
 	return dm.Remove(volumeMapping(p.Name))

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-os/holdfast/agent/slotcrypt"
 	"github.com/holdfast-os/holdfast/partition"
 )
 
@@ -86,7 +87,11 @@ func (s *slots) describe() ([]SlotStatus, error) {
 		case e.Counted:
 			state = fmt.Sprintf("on trial, %d tries left", e.TriesLeft)
 		}
-		list = append(list, SlotStatus{Slot: string(e.Slot), Version: e.Version, Sequence: e.Sequence, State: state, Running: e.Slot == s.slot})
+		one := SlotStatus{Slot: string(e.Slot), Version: e.Version, Sequence: e.Sequence, State: state, Running: e.Slot == s.slot}
+		if dev, _, err := s.disk.Partition(e.Slot.Partition()); err == nil {
+			one.Encrypted = !slotcrypt.Readable(dev)
+		}
+		list = append(list, one)
 	}
 	return list, nil
 }

@@ -106,6 +106,9 @@ func (s *system) newUpdater() (*Updater, error) {
 		u.Dir = filepath.Join(s.app.Volumes[0].Mount, stateFolder, updateFolder)
 	}
 	u.Prepare, u.mounted = s.prepare, s.refuseChallenges
+	if len(s.app.Volumes) > 0 {
+		u.SlotKey = func() ([]byte, error) { return readSlotKey(s.app.Volumes) }
+	}
 	if len(s.initrd.Volumes) > 0 {
 		u.Device.ID = s.initrd.Volumes[0].UUID // made at random when the box was provisioned
 	}

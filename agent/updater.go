@@ -15,8 +15,10 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-os/holdfast/agent/slotcrypt"
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal/luks2"
 	"github.com/holdfast-os/holdfast/update"
 	"github.com/holdfast-os/holdfast/update/delta"
 )
@@ -57,6 +59,9 @@ type Updater struct {
 	// is to be written into a slot. It is called before the first write; an error says why
 	// this box cannot boot the release.
 	Prepare func(image.Manifest, partition.Slot) error
+	// SlotKey, when set, reads the key of the box's encrypted slots, which is wiped after
+	// use; nil is none.
+	SlotKey func() ([]byte, error)
 	// Hold, when set, says why none may be installed now; it is asked each time.
 	Hold func() error
 	Now  func() time.Time
@@ -563,6 +568,9 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	if err := u.unlessWaiting(c, disk); err != nil {
 		return err
 	}
+	if err := u.shield(disk, m.Disk.EncryptSlots); err != nil {
+		return err
+	}
 	root, err := u.rebuild(ctx, c, disk)
 	if err != nil {
 		return err
@@ -595,6 +603,42 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 	if err := plan.Apply(ctx, u.progress(m.Version)); err != nil {
 		u.abandon(disk, p, before)
 		return err
+	}
+	return nil
+}
+
+// shield has an encrypted slot be read decrypted, and the other one be written encrypted
+// where the new release wants that. Where the box has no key yet, the release is written
+// in the clear, and encrypted by its first boot.
+func (u *Updater) shield(disk *partition.Disk, encrypt bool) error {
+	if u.SlotKey == nil {
+		return nil
+	}
+	key, err := u.SlotKey()
+	if err != nil {
+		return fmt.Errorf("read the key of the slots: %w", err)
+	}
+	if key == nil {
+		return nil
+	}
+	defer luks2.Wipe(key)
+	slot, _, err := disk.Partition(u.Slot.Partition())
+	if err != nil {
+		return err
+	}
+	clear, err := slotcrypt.InTheClear(slot, u.Root)
+	if err != nil {
+		return err
+	}
+	cipher, err := slotcrypt.New(key)
+	if err != nil {
+		return err
+	}
+	if !clear {
+		disk.Through(u.Slot, cipher.View)
+	}
+	if encrypt {
+		disk.Through(u.Slot.Other(), cipher.View)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/holdfast-os/holdfast/agent/slotcrypt"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/powercut"
 	"github.com/holdfast-os/holdfast/update"
@@ -88,10 +89,22 @@ func (a *appliance) record(name string, boots []string, do func()) phase {
 // of one that does not. What boots is whole, what is remembered fits what is on the
 // disk, and the update can be completed.
 func TestPowerCutsOverAnUpdate(t *testing.T) {
-	v := newVendor(t, "1.0.0", "1.1.0")
+	powerCutsOverAnUpdate(t, newVendor(t), releaseOptions{})
+}
+
+// TestPowerCutsOverAnEncryptedUpdate is the same with encrypted slots.
+func TestPowerCutsOverAnEncryptedUpdate(t *testing.T) {
+	v := newVendor(t)
+	v.slotKey = noise("the box's key", slotcrypt.KeyBytes)
+	powerCutsOverAnUpdate(t, v, releaseOptions{encrypted: true})
+}
+
+func powerCutsOverAnUpdate(t *testing.T, v *vendor, o releaseOptions) {
+	v.publish("1.0.0", o)
+	v.publish("1.1.0", o)
 	a := newAppliance(v, "1.0.0")
 	a.update("1.1.0") // now each slot has a release, and a is to be written
-	v.publish("2.0.0", releaseOptions{})
+	v.publish("2.0.0", o)
 	must := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -135,7 +148,7 @@ func (v *vendor) eachCut(t *testing.T, p phase) {
 	visited, seen := 0, map[string]int{}
 	visit := func(name string, disk *partition.Memory, f folder) {
 		visited++
-		a := &appliance{vendor: &vendor{t, v.dir, v.repo, v.releases}, dev: disk, dir: f.restore(t), now: today}
+		a := &appliance{vendor: &vendor{t, v.dir, v.repo, v.releases, v.slotKey}, dev: disk, dir: f.restore(t), now: today}
 		seen[a.checkCut(p, visited)]++
 		if t.Failed() {
 			t.Fatalf("%s\n%s\n%s", name, a.memory(), a.log.String())

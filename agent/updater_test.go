@@ -56,6 +56,7 @@ type releaseOptions struct {
 	ownBytes      int // of the root; the rest is that of all releases
 	ukiBytes      int
 	expected      image.Expected
+	encrypted     bool
 }
 
 // makeRelease makes a small root, that is one, and a UKI and a loader that are none.
@@ -94,6 +95,7 @@ func makeRelease(t *testing.T, version string, o releaseOptions) made {
 	}
 	r := made{folder: t.TempDir(), uki: noise("UKI "+version, o.ukiBytes), loader: noise("loader "+version[:1], 60_000)}
 	r.Manifest = image.Manifest{Format: 1, Name: o.product, Version: version, Architecture: o.arch, BuildTimeSec: today.Unix(), Epoch: o.epoch, Expected: o.expected}
+	r.Disk.EncryptSlots = o.encrypted
 	if r.Verity, err = w.Finish(&root); err != nil {
 		t.Fatal(err)
 	}
@@ -146,6 +148,7 @@ type vendor struct {
 	dir      string
 	repo     *repo.Repo
 	releases map[string]made
+	slotKey  []byte // of the box, where its slots are encrypted
 }
 
 // newVendor has these versions in its repository.
@@ -307,6 +310,9 @@ func (a *appliance) boot() error {
 	if err := a.load(); err != nil {
 		return err
 	}
+	if err := a.encrypt(); err != nil {
+		return err
+	}
 	r, err := a.whole(a.on)
 	if err != nil {
 		return err
@@ -336,6 +342,9 @@ func (a *appliance) whole(e partition.Entry) (made, error) {
 			return r, fmt.Errorf("entry %+v has the UKI of %s", e, r.Version)
 		}
 		root, _, err := a.disk().Partition(e.Slot.Partition())
+		if err == nil {
+			root, err = a.shown(root, r)
+		}
 		if err != nil {
 			return r, err
 		}
@@ -357,6 +366,7 @@ func (a *appliance) start(r made) error {
 			return d, io.NopCloser(nil), err
 		},
 	}
+	a.u.SlotKey = func() ([]byte, error) { return bytes.Clone(a.slotKey), nil }
 	return a.u.Settle()
 }
 

@@ -83,8 +83,10 @@ type Machine struct {
 	Slot string
 	// Echo, when set, turns on and off that the console shows what is typed.
 	Echo func(on bool)
-	// Root is where the release's root is mounted; volumes go below it.
+	// Root is where the release's root is mounted, or will be; volumes go below it.
 	Root string
+	// Slots, when set, is for a release whose slots are encrypted.
+	Slots *Slots
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
 	// RecoveryMemoryKiB is what it takes to try a recovery key of a volume that is made;
@@ -151,10 +153,18 @@ func (m *Machine) OpenVolumes(b image.Boot, parts []Partition, s *Status) (err e
 	if err != nil {
 		return err
 	}
+	if fresh && m.Slots != nil {
+		if m.Slots.key, err = m.carriedSlotKey(); err != nil {
+			return err
+		}
+	}
 	if fresh {
 		err = m.provision(b, vols)
 	} else {
 		err = m.unlock(b, vols)
+	}
+	if err == nil && m.Slots != nil {
+		err = m.settleSlotKey(vols)
 	}
 	if err != nil {
 		return err

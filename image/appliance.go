@@ -48,8 +48,10 @@ type Appliance struct {
 	BuildTimeSec int64  `json:"build_time_sec"`
 	Hostname     string `json:"hostname,omitempty"`
 
-	Volumes []Volume   `json:"volumes,omitempty"`
-	Seal    SealPolicy `json:"seal"`
+	Volumes []Volume `json:"volumes,omitempty"`
+	// EncryptSlots has the slots be encrypted with a key that lies on the volumes.
+	EncryptSlots bool       `json:"encrypt_slots,omitempty"`
+	Seal         SealPolicy `json:"seal"`
 	// Recovery is about the key that opens the volumes without the TPM.
 	Recovery Recovery `json:"recovery,omitzero"`
 	// SecureBoot is about the firmware's keys.

@@ -97,4 +97,6 @@ type Geometry struct {
 	ESPBytes  int64    `json:"esp_bytes"`
 	SlotBytes int64    `json:"slot_bytes"`
 	Volumes   []Volume `json:"volumes,omitempty"`
+	// EncryptSlots is what [Appliance].EncryptSlots is: how a device writes the release.
+	EncryptSlots bool `json:"encrypt_slots,omitempty"`
 }

@@ -59,6 +59,7 @@ type Disk struct {
 	layout Layout
 	health health
 	arch   efiArch
+	views  map[string]func(Device) (Device, error)
 }
 
 // efiArch is what firmware and loader call a machine type (UEFI 2.10 §3.5.1.1;
@@ -264,7 +265,26 @@ func (d *Disk) Partition(name string) (Device, Partition, error) {
 	if !ok {
 		return nil, Partition{}, fmt.Errorf("no partition is named %q", name)
 	}
-	return Section(d.dev, p.StartBytes, p.SizeBytes), p, nil
+	dev := Section(d.dev, p.StartBytes, p.SizeBytes)
+	if view := d.views[name]; view != nil {
+		shown, err := view(dev)
+		if err != nil {
+			return nil, p, fmt.Errorf("partition %s: %w", name, err)
+		}
+		return shown, p, nil
+	}
+	return dev, p, nil
+}
+
+// Through has the slot be read and written through what view makes of its partition,
+// from now on and on this Disk alone: an encrypted slot is then written as any other is.
+// Where what view returns has a method ClearFrom(off int64) error, [SlotPlan.Apply]
+// calls it once the root image is written, to clear all that lies behind it.
+func (d *Disk) Through(slot Slot, view func(Device) (Device, error)) {
+	if d.views == nil {
+		d.views = map[string]func(Device) (Device, error){}
+	}
+	d.views[slot.Partition()] = view
 }
 
 // openESP reads the ESP anew: loader and firmware may have renamed an entry.

@@ -381,6 +381,11 @@ func (p *SlotPlan) writeRoot(m *meter) (err error) {
 			return err
 		}
 	}
+	if c, ok := p.root.(interface{ ClearFrom(off int64) error }); ok {
+		if err := c.ClearFrom(p.c.Root.Size()); err != nil {
+			return fmt.Errorf("behind the root image: %w", err)
+		}
+	}
 	if err := p.root.Sync(); err != nil {
 		return fmt.Errorf("flush root image: %w", err)
 	}

@@ -1,7 +1,7 @@
-// Package dm makes device-mapper devices: the dm-verity root and the dm-crypt
-// data volumes, on dm-integrity where they are authenticated. It is a thin layer over
-// the kernel's ioctls that knows our tables and returns the path of the block device,
-// without udev.
+// Package dm makes device-mapper devices: the dm-verity root, the dm-crypt data
+// volumes, on dm-integrity where they are authenticated, and dm-crypt below the root of
+// an encrypted slot. It is a thin layer over the kernel's ioctls that knows our tables
+// and returns the path of the block device, without udev.
 //
 // A verity device that meets a wrong block panics the machine: a root that
 // cannot be trusted must not go on running, and the firmware or the boot
@@ -60,6 +60,13 @@ func Crypt(name, device, cipher string, key []byte, offsetBytes, sizeBytes int64
 		SectorSize:    uint64(encryptionSectorBytes),
 	}
 	return create(name, 0, table)
+}
+
+// CryptReadOnly maps all of device, read-only.
+func CryptReadOnly(name, device, cipher string, key []byte, sizeBytes int64, encryptionSectorBytes int) (string, error) {
+	return create(name, devmapper.ReadOnlyFlag, devmapper.CryptTable{
+		Length: uint64(sizeBytes), BackendDevice: device, Encryption: cipher, Key: key, SectorSize: uint64(encryptionSectorBytes),
+	})
 }
 
 // Remove undoes a mapping that nothing uses any more, and that of its tags, if it has

@@ -100,7 +100,7 @@ func (b *builder) appliance() *image.Appliance {
 	s := b.spec
 	a := &image.Appliance{
 		Format: 1, Name: s.Name, Version: s.Version, Architecture: s.Arch, BuildTimeSec: b.epochSec(),
-		Hostname: s.Hostname, Handoff: s.Handoff,
+		Hostname: s.Hostname, Handoff: s.Handoff, EncryptSlots: s.Disk.EncryptSlots,
 		Seal: image.SealPolicy{
 			Policy: s.Seal.Policy, PolicyKeyPEM: string(b.in.Keys.PolicyPublicPEM),
 			PIN: s.Seal.PIN, Repair: s.Seal.Repair, Epoch: b.sealEpoch(),

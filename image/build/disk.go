@@ -27,7 +27,7 @@ func (b *builder) geometry() error {
 		const step = 64 * mebibyte
 		slot = (2*b.manifest.Root.SizeBytes + step - 1) / step * step
 	}
-	g := image.Geometry{SizeBytes: int64(d.Size), ESPBytes: int64(d.ESP), SlotBytes: slot}
+	g := image.Geometry{SizeBytes: int64(d.Size), ESPBytes: int64(d.ESP), SlotBytes: slot, EncryptSlots: d.EncryptSlots}
 	for _, v := range d.Data {
 		g.Volumes = append(g.Volumes, image.Volume{Name: v.Name, Mount: v.Mount, SizeBytes: int64(v.Size), Integrity: v.Integrity})
 	}

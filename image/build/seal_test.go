@@ -29,7 +29,9 @@ func TestRollbackProofRelease(t *testing.T) {
 	w := newWorkshop(t, k, newCache(t))
 	w.write(t, "root.json", tufRoot(t))
 	text := boxSpec + "seal: {policy: rollback-proof, pin: true, repair: manual}\nupdate: {root: root.json, epoch: 3}\n"
-	m, err := build.Build(context.Background(), parse(t, text), w.in, filepath.Join(w.dir, "out"))
+	s := parse(t, text)
+	s.Disk.EncryptSlots = true
+	m, err := build.Build(context.Background(), s, w.in, filepath.Join(w.dir, "out"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,8 +60,12 @@ func TestRollbackProofRelease(t *testing.T) {
 		}
 	}
 	want := image.SealPolicy{Policy: "rollback-proof", PolicyKeyPEM: string(k.PolicyPublicPEM), PIN: true, Repair: "manual", Epoch: 3}
-	if got := applianceOf(t, filepath.Join(release, image.RootName), m.Root.SizeBytes).Seal; got != want {
-		t.Errorf("the appliance has %+v, want %+v", got, want)
+	app := applianceOf(t, filepath.Join(release, image.RootName), m.Root.SizeBytes)
+	if app.Seal != want {
+		t.Errorf("the appliance has %+v, want %+v", app.Seal, want)
+	}
+	if !app.EncryptSlots || !m.Disk.EncryptSlots {
+		t.Errorf("slots are to be encrypted: the appliance says %v, the manifest %v", app.EncryptSlots, m.Disk.EncryptSlots)
 	}
 }
 

@@ -52,6 +52,20 @@ func TestRecovery(t *testing.T) {
 	}
 }
 
+func TestEncryptSlots(t *testing.T) {
+	s := mustParse(t, "e.yaml", updatable+"disk: {encrypt_slots: true}\n")
+	if s.ApplyDefaults(); !s.Disk.EncryptSlots || s.Validate() != nil {
+		t.Errorf("%+v, %v", s.Disk, s.Validate())
+	}
+	s = mustParse(t, "e.yaml", updatable+"disk: {encrypt_slots: true, data: []}\n")
+	if err := s.Validate(); err == nil || !strings.Contains(err.Error(), "disk.encrypt_slots: the slots' key lies on the data volumes, and there is none") {
+		t.Error(err)
+	}
+	if _, err := spec.Parse("e.yaml", []byte(updatable+"disk: {encrypt_slot: true}\n")); err == nil || !strings.Contains(err.Error(), `did you mean "encrypt_slots"`) {
+		t.Error(err)
+	}
+}
+
 func TestRecoveryMistakes(t *testing.T) {
 	const holders = "holders: [{name: a, key: k}]"
 	for yaml, want := range map[string]string{

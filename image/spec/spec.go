@@ -163,6 +163,11 @@ type Disk struct {
 	Slot Size `yaml:"slot"` // each of the two; 0: the builder takes twice the release or more
 	// Data are the encrypted volumes; nil is one named data on /data, empty is none.
 	Data []Data `yaml:"data"`
+	// EncryptSlots has each device encrypt its root slots with a key of its own, which
+	// lies on the data volumes and so opens with them. The first boot encrypts the slot
+	// that the builder wrote, in place, which takes as long as reading and writing it. The
+	// kernel image on the boot partition is not encrypted. See package agent/slotcrypt.
+	EncryptSlots bool `yaml:"encrypt_slots"`
 }
 
 // Data is an encrypted volume. The last one may leave Size out and grows to the end of the disk.

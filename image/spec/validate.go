@@ -36,6 +36,9 @@ func (s *Spec) Validate() error {
 	if s.Update.given() && s.Update.Root == "" {
 		r.errorf("update.root", "write root: root.json, as holdfast repo root prints it", "updates need the keys that releases are signed with")
 	}
+	if s.Disk.EncryptSlots && s.Disk.Data != nil && len(s.Disk.Data) == 0 {
+		r.errorf("disk.encrypt_slots", "give the appliance a data volume", "the slots' key lies on the data volumes, and there is none")
+	}
 	r.validateRecovery(s)
 	r.validateEvidence(s)
 	r.validateEpoch(s)
