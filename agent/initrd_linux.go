@@ -59,7 +59,7 @@ func RunInitrd(console *os.File) error {
 		return err
 	}
 	i.status.Boot.KernelMilliseconds = uptime().Milliseconds()
-	for _, step := range []func() error{i.readBoot, i.loadModules, i.mapRoot, i.openVolumes, i.leave} {
+	for _, step := range []func() error{i.readBoot, i.loadModules, i.mapRoot, i.enrolKeys, i.openVolumes, i.leave} {
 		if err := step(); err != nil {
 			if !errors.Is(err, ErrReboot) && !errors.Is(err, ErrPowerOff) {
 				i.rearm()

@@ -187,7 +187,7 @@ func (s *SecureBootState) Starts(e image.Expected) error {
 }
 
 // SecureBootFor says whether a seal may rest on Secure Boot in this boot, and if not,
-// or not quite, why. The boot loader enrols keys in a boot that ends in a restart, so
+// or not quite, why. Keys are enrolled in a boot that ends in a restart ([Enrolment]), so
 // that it is another boot that reads them back: what a firmware does not keep is never
 // sealed to (F4).
 func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, err error) {
@@ -198,7 +198,7 @@ func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, er
 	keys := s.CheckKeys(want.Keys)
 	switch {
 	case !s.Enforced() && want.Enroll == "force":
-		return false, fmt.Sprintf("Secure Boot is not in force (%s), though the disk brings keys for the boot loader to enrol: the firmware has no setup mode on, or does not keep keys over a restart", s.Mode()), nil
+		return false, fmt.Sprintf("Secure Boot is not in force (%s), though this release enrols the vendor's keys: the firmware is not in setup mode, or does not keep keys over a restart", s.Mode()), nil
 	case !s.Enforced():
 		return false, fmt.Sprintf("Secure Boot is not in force (%s)", s.Mode()), nil
 	case keys != nil:
