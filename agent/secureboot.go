@@ -319,7 +319,7 @@ func (k *SecureBootKeeper) check(s *SecureBootState, c *VariableChange, a *sigdb
 	if err := k.checkPrograms(s, c); err != nil {
 		return err
 	}
-	return k.checkRoom(len(after) - len(s.Values[c.Variable]) + len(c.Auth))
+	return checkRoom(k.Vars, len(after)-len(s.Values[c.Variable])+len(c.Auth)+variableOverhead)
 }
 
 // checkPrograms has every program judged by the databases to be.
@@ -377,18 +377,18 @@ const variableOverhead = 1 << 10
 
 // checkRoom refuses a write that would fill the store (F65). Firmware that does not say
 // how much room there is finds out by itself.
-func (k *SecureBootKeeper) checkRoom(bytes int) error {
-	free, err := k.Vars.FreeBytes()
-	if err != nil || free < 0 || free >= int64(bytes+variableOverhead) {
+func checkRoom(vars EFIVars, bytes int) error {
+	free, err := vars.FreeBytes()
+	if err != nil || free < 0 || free >= int64(bytes) {
 		return nil
 	}
-	return k.noRoom(fmt.Errorf("%d bytes are free, %d are needed", free, bytes+variableOverhead))
+	return noRoom(vars, fmt.Errorf("%d bytes are free, %d are needed", free, bytes))
 }
 
 // noRoom says what fills the store, as far as that is known.
-func (k *SecureBootKeeper) noRoom(err error) error {
+func noRoom(vars EFIVars, err error) error {
 	dumps := 0
-	if list, err := k.Vars.List(); err == nil {
+	if list, err := vars.List(); err == nil {
 		for _, v := range list {
 			if strings.HasPrefix(v.Name, "dump-type") {
 				dumps++
@@ -422,7 +422,7 @@ func (k *SecureBootKeeper) Apply(ctx context.Context, c VariableChange) error {
 	err = write(v, sigdb.Attributes, c.Auth)
 	switch {
 	case errors.Is(err, unix.ENOSPC):
-		return k.noRoom(err)
+		return noRoom(k.Vars, err)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("the firmware refuses the change of %s: %w; it was not signed by a key of its KEK, or is older than what it has", c.Variable, err)
 	case err != nil:
