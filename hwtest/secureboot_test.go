@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -117,6 +118,31 @@ func TestForeignKernelImages(t *testing.T) {
 	}
 }
 
+// TestForeignLoader: a boot loader that the vendor did not sign is refused as well, and
+// with it the release that would be good; the vendor's, put back, starts it again.
+func TestForeignLoader(t *testing.T) {
+	t.Parallel()
+	m, _ := aBox(t, true)
+	stranger, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace := func(change func([]byte) []byte) {
+		d, _ := openDisk(t, m.Disk)
+		replaceOnESP(t, d, "EFI/BOOT/BOOTX64.EFI", change)
+	}
+	var ours []byte
+	replace(func(b []byte) []byte { ours = b; return signedBy(t, stranger, b) })
+	m.PowerOn()
+	expectRefused(t, m, refusedPattern)
+	m.PowerCut()
+	replace(func([]byte) []byte { return ours })
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
 // writeFile puts a file into a product's folder, for its spec to name.
 func writeFile(t *testing.T, path string, b []byte) {
 	t.Helper()
@@ -185,56 +211,92 @@ func TestRevocation(t *testing.T) {
 	wantRecord(t, m, "first", "kept")
 }
 
+// enrolling is a product whose boxes enrol the vendor's keys, which the factory did not.
+func enrolling(t *testing.T) *product {
+	t.Helper()
+	return buildRelease(t, t.TempDir(), theProduct(t).keys, "1.0.0", func(s *spec.Spec) { s.SecureBoot.Enroll = "force" })
+}
+
+// setupMode is a firmware without keys.
+func setupMode() *hwtest.SecureBootKeys { return &hwtest.SecureBootKeys{} }
+
+const enrolPattern = `enrolling the vendor's Secure Boot keys attempt=`
+
 // TestEnrolment: a board in setup mode gets the vendor's keys, and the boot that reads
-// them back seals to them (F4). Keys that vanish later come back in the same way; where
-// the firmware keeps none, this is given up and nothing rests on them.
+// them back seals to them (F4). Keys that vanish later come back in the same way.
 func TestEnrolment(t *testing.T) {
 	t.Parallel()
-	k, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := buildRelease(t, t.TempDir(), k, "1.0.0", func(s *spec.Spec) { s.SecureBoot.Enroll = "force" })
-	setupMode := &hwtest.SecureBootKeys{}
-	m := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode, Forward: []int{80}})
-
-	// A firmware that does not keep them: the box is not sealed on their promise.
-	forgetful := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode, ReadOnlyVariables: true})
-	forgetful.PowerOn()
-	forgetful.Expect(`Secure Boot is not in force \(setup mode.* does not keep keys over a restart`, 2*bootTime)
-	forgetful.Expect(`degraded reason="Secure Boot is off`, bootTime)
-	forgetful.Expect(recoveryPattern, bootTime)
-	forgetful.PowerCut()
-
+	m := hwtest.New(t, enrolling(t).disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
 	m.PowerOn()
-	m.Expect(`enrolling the vendor's Secure Boot keys attempt=1`, bootTime)
+	m.Expect(enrolPattern+`1`, bootTime)
 	m.Expect(`first boot: provisioning`, bootTime)
-	recovery := m.Expect(recoveryPattern, bootTime)[1]
+	m.Expect(recoveryPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
+	if n := strings.Count(m.Console(), ": starting name=probe"); n != 2 {
+		t.Errorf("the agent was started %d times until the box was ready, not twice:\n%s", n, m.Console())
+	}
 	store(t, m, "first", "kept")
 	if s := sealStatus(t, m); !s.SecureBoot || s.Keys == nil || !s.Keys.Vendor || s.Keys.Mode != "on" || len(s.Degraded) > 0 {
 		t.Errorf("status %+v, keys %+v", s, s.Keys)
 	}
 	m.PowerButton(bootTime)
 
-	if err := m.ResetFirmware(setupMode); err != nil {
+	if err := m.ResetFirmware(setupMode()); err != nil {
 		t.Fatal(err)
 	}
 	m.PowerOn()
-	m.Expect(`enrolling the vendor's Secure Boot keys attempt=1`, bootTime)
+	m.Expect(enrolPattern+`1`, bootTime)
 	m.Expect(tpmPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
-	m.PowerButton(bootTime)
+}
 
-	if err := m.ResetFirmware(setupMode); err != nil {
+// keysForgotten (F4): where the firmware keeps no keys, enrolling them is given up and
+// nothing rests on them. A board that did keep them and then does not any more is another
+// one to the TPM.
+func keysForgotten(t *testing.T) {
+	p := enrolling(t)
+	forgetful := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode(), ReadOnlyVariables: true})
+	forgetful.PowerOn()
+	forgetful.Expect(enrolPattern+`1`, bootTime)
+	forgetful.Expect(enrolPattern+`2`, bootTime)
+	forgetful.Expect(`Secure Boot is not in force \(setup mode.* does not keep keys over a restart`, bootTime)
+	forgetful.Expect(`degraded reason="Secure Boot is off`, bootTime)
+	forgetful.Expect(recoveryPattern, bootTime)
+	forgetful.Expect(readyPattern, bootTime)
+	forgetful.PowerCut()
+
+	m := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	m.PowerOn()
+	recovery := m.Expect(recoveryPattern, 2*bootTime)[1]
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "kept")
+	m.PowerButton(bootTime)
+	if err := m.ResetFirmware(setupMode()); err != nil {
 		t.Fatal(err)
 	}
 	m.ReadOnlyVariables(true)
 	m.PowerOn()
-	m.Expect(`does not keep keys over a restart`, 2*bootTime)
+	m.Expect(`does not keep keys over a restart`, 3*bootTime)
 	m.Expect(promptPattern, bootTime)
 	m.Send(recovery + "\n")
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
+}
+
+// noRoomForKeys (F65): a variable store that is full when the keys are to be enrolled
+// leaves the box without Secure Boot, and says so.
+func noRoomForKeys(t *testing.T) {
+	m := hwtest.New(t, enrolling(t).disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	if err := m.FillVariables(); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(`Secure Boot keys error="enrol db: the firmware's variable store is full`, bootTime)
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	s := statusOf(t, m)
+	if !slices.ContainsFunc(s.Problems, func(p string) bool { return strings.Contains(p, "variable store is full") }) {
+		t.Errorf("the status does not say that the keys are missing: %q", s.Problems)
+	}
 }
