@@ -291,7 +291,7 @@ func noRoomForKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.PowerOn()
-	m.Expect(`Secure Boot keys error="enrol db: the firmware's variable store is full`, bootTime)
+	m.Expect(`Secure Boot keys error="enrol.*the firmware's variable store is full`, bootTime)
 	m.Expect(recoveryPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
 	s := statusOf(t, m)
