@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -280,4 +281,21 @@ func keysForgotten(t *testing.T) {
 	m.Send(recovery + "\n")
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
+}
+
+// noRoomForKeys (F65): a variable store that is full when the keys are to be enrolled
+// leaves the box without Secure Boot, and says so.
+func noRoomForKeys(t *testing.T) {
+	m := hwtest.New(t, enrolling(t).disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	if err := m.FillVariables(); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(`Secure Boot keys error="enrol.*the firmware's variable store is full`, bootTime)
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	s := statusOf(t, m)
+	if !slices.ContainsFunc(s.Problems, func(p string) bool { return strings.Contains(p, "variable store is full") }) {
+		t.Errorf("the status does not say that the keys are missing: %q", s.Problems)
+	}
 }
