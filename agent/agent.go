@@ -31,6 +31,15 @@
 //
 // # The firmware's keys
 //
+// A release whose spec says secureboot.enroll: force brings the vendor's PK, KEK and db in
+// its initrd. [Enrolment] writes them to a firmware in setup mode, on a box whose data are
+// not sealed yet or that had these keys before, and has it restart: what a firmware does
+// not keep is never sealed to (F4). Two attempts are made; what became of them lies in
+// loader/holdfast-enrolment.json on the ESP, and in the status. A box on which they fail
+// is used without Secure Boot, as one whose firmware cannot do it. Enrolling replaces
+// what PK, KEK and db hold; certificates of others stay if they are among the vendor's
+// files (package keys).
+//
 // A release may bring changes of db and dbx. [SecureBootKeeper] makes one a boot, once
 // the release is good and no other one waits: it seals the data volumes for the next
 // boot with the new keys too, writes the variable, and has the box restart in the

@@ -391,7 +391,7 @@ func (e *examination) secureBoot() {
 	case s.AuditMode:
 		e.add("secure-boot", Bad, seen, "leave audit mode in the firmware setup")
 	case s.SetupMode:
-		e.add("secure-boot", Warn, seen, "fine before an installation whose boot loader enrols the vendor's keys (secureboot: enroll: force); else enrol them in the firmware setup")
+		e.add("secure-boot", Warn, seen, "fine before an installation that enrols the vendor's keys (secureboot: enroll: force); else enrol them in the firmware setup")
 	case !s.On:
 		e.add("secure-boot", Warn, seen+": the data is bound to this exact loader and kernel instead", "enrol the vendor's keys and switch Secure Boot on in the firmware setup")
 	case len(s.Notes) > 0:

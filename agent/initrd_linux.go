@@ -242,9 +242,15 @@ func (i *initrd) findDisk() (err error) {
 // before any key is asked for, but where the root's own key is on the volumes.
 func (i *initrd) open() error {
 	if i.boot.Appliance.EncryptSlots {
+		if err := i.enrolKeys(); err != nil {
+			return err
+		}
 		return i.openEncrypted()
 	}
 	if err := i.mapRoot(i.root.device); err != nil {
+		return err
+	}
+	if err := i.enrolKeys(); err != nil {
 		return err
 	}
 	return i.openVolumes(sysroot, nil)

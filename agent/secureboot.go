@@ -187,7 +187,7 @@ func (s *SecureBootState) Starts(e image.Expected) error {
 }
 
 // SecureBootFor says whether a seal may rest on Secure Boot in this boot, and if not,
-// or not quite, why. The boot loader enrols keys in a boot that ends in a restart, so
+// or not quite, why. Keys are enrolled in a boot that ends in a restart ([Enrolment]), so
 // that it is another boot that reads them back: what a firmware does not keep is never
 // sealed to (F4).
 func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, err error) {
@@ -198,7 +198,7 @@ func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, er
 	keys := s.CheckKeys(want.Keys)
 	switch {
 	case !s.Enforced() && want.Enroll == "force":
-		return false, fmt.Sprintf("Secure Boot is not in force (%s), though the disk brings keys for the boot loader to enrol: the firmware has no setup mode on, or does not keep keys over a restart", s.Mode()), nil
+		return false, fmt.Sprintf("Secure Boot is not in force (%s), though this release enrols the vendor's keys: the firmware is not in setup mode, or does not keep keys over a restart", s.Mode()), nil
 	case !s.Enforced():
 		return false, fmt.Sprintf("Secure Boot is not in force (%s)", s.Mode()), nil
 	case keys != nil:
@@ -319,7 +319,7 @@ func (k *SecureBootKeeper) check(s *SecureBootState, c *VariableChange, a *sigdb
 	if err := k.checkPrograms(s, c); err != nil {
 		return err
 	}
-	return k.checkRoom(len(after) - len(s.Values[c.Variable]) + len(c.Auth))
+	return checkRoom(k.Vars, len(after)-len(s.Values[c.Variable])+len(c.Auth)+variableOverhead)
 }
 
 // checkPrograms has every program judged by the databases to be.
@@ -377,18 +377,18 @@ const variableOverhead = 1 << 10
 
 // checkRoom refuses a write that would fill the store (F65). Firmware that does not say
 // how much room there is finds out by itself.
-func (k *SecureBootKeeper) checkRoom(bytes int) error {
-	free, err := k.Vars.FreeBytes()
-	if err != nil || free < 0 || free >= int64(bytes+variableOverhead) {
+func checkRoom(vars EFIVars, bytes int) error {
+	free, err := vars.FreeBytes()
+	if err != nil || free < 0 || free >= int64(bytes) {
 		return nil
 	}
-	return k.noRoom(fmt.Errorf("%d bytes are free, %d are needed", free, bytes+variableOverhead))
+	return noRoom(vars, fmt.Errorf("%d bytes are free, %d are needed", free, bytes))
 }
 
 // noRoom says what fills the store, as far as that is known.
-func (k *SecureBootKeeper) noRoom(err error) error {
+func noRoom(vars EFIVars, err error) error {
 	dumps := 0
-	if list, err := k.Vars.List(); err == nil {
+	if list, err := vars.List(); err == nil {
 		for _, v := range list {
 			if strings.HasPrefix(v.Name, "dump-type") {
 				dumps++
@@ -422,7 +422,7 @@ func (k *SecureBootKeeper) Apply(ctx context.Context, c VariableChange) error {
 	err = write(v, sigdb.Attributes, c.Auth)
 	switch {
 	case errors.Is(err, unix.ENOSPC):
-		return k.noRoom(err)
+		return noRoom(k.Vars, err)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("the firmware refuses the change of %s: %w; it was not signed by a key of its KEK, or is older than what it has", c.Variable, err)
 	case err != nil:

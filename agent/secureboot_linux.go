@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,11 +9,13 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
 	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/image/sigdb"
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/fat32"
@@ -304,4 +307,68 @@ func (s *system) prepare(m image.Manifest, slot partition.Slot) error {
 		return nil
 	}
 	return s.keeper.Prepare(m, slot)
+}
+
+const (
+	// enrolmentNote lies on the ESP: it is about the board, and needed before the volumes.
+	enrolmentNote     = "loader/holdfast-enrolment.json"
+	maxEnrolmentBytes = 4 << 10
+)
+
+// enrolKeys gives a firmware in setup mode the vendor's keys, where the release says so,
+// before anything is sealed. What goes wrong is said, and the boot goes on.
+func (i *initrd) enrolKeys() error {
+	if i.boot.Appliance.SecureBoot.Enroll != "force" {
+		return nil
+	}
+	e, err := i.enrolment()
+	restart := false
+	if err == nil {
+		restart, err = e.Run()
+	}
+	if err != nil {
+		i.log.Warn("Secure Boot keys", "error", err)
+		i.status.Problems = append(i.status.Problems, err.Error())
+	}
+	if restart {
+		return ErrReboot
+	}
+	return nil
+}
+
+func (i *initrd) enrolment() (*Enrolment, error) {
+	device, esp, err := i.disk.Partition(partition.ESPName)
+	if err != nil {
+		return nil, err
+	}
+	files, err := fat32.Open(device, esp.SizeBytes)
+	if err != nil {
+		return nil, fmt.Errorf("ESP: %w", err)
+	}
+	e := &Enrolment{Log: i.log, Vars: efivarfs{efivarsPath}, Auths: map[string][]byte{}, Fresh: true}
+	e.Load = func() ([]byte, error) {
+		f, err := files.Open(enrolmentNote)
+		if err != nil {
+			return nil, err
+		}
+		return io.ReadAll(io.NewSectionReader(f, 0, min(f.Size(), maxEnrolmentBytes)))
+	}
+	e.Save = func(b []byte) error {
+		return files.WriteFile(enrolmentNote, int64(len(b)), bytes.NewReader(b), time.Now())
+	}
+	for _, name := range []string{sigdb.PK, sigdb.KEK, sigdb.DB} {
+		if e.Auths[name], err = os.ReadFile(filepath.Join(image.EnrolmentPath, name+".auth")); err != nil {
+			return nil, err
+		}
+	}
+	if v := i.boot.Appliance.Volumes; len(v) > 0 {
+		data, _, err := i.disk.Partition(v[0].Name)
+		if err != nil {
+			return nil, err
+		}
+		if e.Fresh, err = partition.Unprovisioned(data); err != nil {
+			return nil, err
+		}
+	}
+	return e, nil
 }

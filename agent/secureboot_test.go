@@ -40,6 +40,7 @@ type firmware struct {
 	free   int64            // -1: it does not say
 	broken map[string]error // by name, for reads
 	full   bool
+	room   int // so many writes, when not 0
 	// rewrite is what a firmware of another maker makes of a value.
 	rewrite func(value []byte) []byte
 	writes  []string
@@ -84,7 +85,7 @@ func (f *firmware) set(v EFIVar, attributes uint32, value []byte) error {
 			return unix.EACCES
 		}
 	}
-	if f.full {
+	if f.full || f.room > 0 && len(f.writes) >= f.room {
 		return unix.ENOSPC
 	}
 	next := a.Content

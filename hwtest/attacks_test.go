@@ -25,6 +25,15 @@ import (
 func replaceUKI(t *testing.T, disk string, change func(old []byte) []byte) {
 	t.Helper()
 	d, _ := openDisk(t, disk)
+	entries, err := d.Entries()
+	if err != nil || len(entries) != 1 {
+		t.Fatalf("boot entries: %v, %v", entries, err)
+	}
+	replaceOnESP(t, d, strings.TrimPrefix(entries[0].UKI, "/"), change)
+}
+
+func replaceOnESP(t *testing.T, d *partition.Disk, name string, change func(old []byte) []byte) {
+	t.Helper()
 	dev, p, err := d.Partition(partition.ESPName)
 	if err != nil {
 		t.Fatal(err)
@@ -33,11 +42,6 @@ func replaceUKI(t *testing.T, disk string, change func(old []byte) []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	entries, err := d.Entries()
-	if err != nil || len(entries) != 1 {
-		t.Fatalf("boot entries: %v, %v", entries, err)
-	}
-	name := strings.TrimPrefix(entries[0].UKI, "/")
 	f, err := esp.Open(name)
 	if err != nil {
 		t.Fatal(err)

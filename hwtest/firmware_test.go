@@ -29,6 +29,9 @@ func TestBoards(t *testing.T) {
 	if os.Getenv("HOLDFAST_CAMPAIGN") == "1" {
 		tests["started from the install medium"] = startedFromMedium
 		tests["copy and nobody to tell"] = copyUntold
+		tests["a release is revoked"] = releaseRevoked
+		tests["keys are not kept"] = keysForgotten
+		tests["no room for keys"] = noRoomForKeys
 		tests["own root is damaged and a medium is there"] = mediumForDamagedRoot
 	}
 	for name, test := range tests {

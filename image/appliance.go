@@ -119,8 +119,8 @@ type SealPolicy struct {
 
 // SecureBoot says which keys decide in a box's firmware, and how a release changes them.
 type SecureBoot struct {
-	// Enroll is "force" or "manual" where the disk brings the vendor's keys; the
-	// firmware may still have others, or none.
+	// Enroll is "force" where the device enrols the vendor's keys by itself, "manual"
+	// where they are on the disk; the firmware may still have others, or none.
 	Enroll string `json:"enroll,omitempty"`
 	// Keys are the vendor's certificates by variable ("PK", "KEK", "db"): SHA-256 of
 	// the DER, in hex. The one in db signed this release.
@@ -137,6 +137,10 @@ type VariableUpdate struct {
 	File   string `json:"file"`   // in the root, below [SecureBootFolder]
 	SHA256 string `json:"sha256"` // of the file, hex
 }
+
+// EnrolmentPath holds, in the initrd, the signed variables PK.auth, KEK.auth and db.auth
+// of a release whose spec has secureboot.enroll force.
+const EnrolmentPath = "/secureboot"
 
 // SecureBootFolder holds the files of [SecureBoot].Updates in the root.
 const SecureBootFolder = "/usr/lib/holdfast/secureboot"

@@ -55,6 +55,9 @@ func (b *builder) initrdTree(k *kernel, app *image.Appliance) (*tree.Node, error
 	if err := b.put(root, image.BootPath, 0o644, tree.Bytes(text)); err != nil {
 		return nil, err
 	}
+	if err := b.addEnrolment(root); err != nil {
+		return nil, err
+	}
 	return root, b.put(root, "/init", 0o755, b.in.Agent)
 }
 

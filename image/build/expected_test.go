@@ -1,16 +1,20 @@
 package build_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/csv"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"testing"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -39,6 +43,8 @@ func TestExpected(t *testing.T) {
 		path := filepath.Join(out, build.ReleaseName, name)
 		program := open(t, path)
 		checkSignature(t, w, path, m.Expected.DBCertificateSHA256)
+		own := name == image.UKIName // the loader is as its makers have it
+		checkSBAT(t, program, path, map[string]bool{"sbat": true, "systemd": true, "box": own})
 		signatures, err := program.Signatures()
 		if err != nil || len(signatures) == 0 {
 			t.Fatalf("%s: %d signatures, %v", name, len(signatures), err)
@@ -94,6 +100,56 @@ func TestExpected(t *testing.T) {
 	}
 	if want := hex.EncodeToString(make([]byte, 32)); m.Expected.PCR12 != want {
 		t.Errorf("PCR 12 is expected as %q, want %s", m.Expected.PCR12, want)
+	}
+}
+
+// checkSBAT reads the revocation section as shim does (SBAT.md): lines of
+// component,generation,vendor,package,version,url, and objcopy finds the same text.
+func checkSBAT(t *testing.T, program *uki.File, path string, want map[string]bool) {
+	t.Helper()
+	r, err := program.Open(".sbat")
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	text, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// shim reads up to the section's virtual size or a NUL, and takes ASCII alone.
+	text = bytes.TrimRight(text, "\x00")
+	if i := bytes.IndexFunc(text, func(c rune) bool { return c != '\n' && (c < ' ' || c > '~') }); i >= 0 {
+		t.Errorf("%s: byte %d of .sbat is %q", path, i, text[i])
+	}
+	lines := csv.NewReader(bytes.NewReader(text))
+	lines.FieldsPerRecord = 6
+	rows, err := lines.ReadAll()
+	if err != nil || len(rows) == 0 {
+		t.Fatalf("%s: .sbat has %d lines, %v", path, len(rows), err)
+	}
+	if rows[0][0] != "sbat" || rows[0][1] != "1" {
+		t.Errorf("%s: .sbat begins with %q", path, rows[0])
+	}
+	seen := map[string]bool{}
+	for _, row := range rows {
+		if n, err := strconv.ParseUint(row[1], 10, 16); err != nil || n == 0 {
+			t.Errorf("%s: generation %q of %s", path, row[1], row[0])
+		}
+		if seen[row[0]] || slices.Contains(row[:5], "") {
+			t.Errorf("%s: line %q is there twice or has an empty field", path, row)
+		}
+		seen[row[0]] = true
+	}
+	for component, there := range want {
+		if seen[component] != there {
+			t.Errorf("%s: component %s in .sbat: %v", path, component, seen[component])
+		}
+	}
+	section := filepath.Join(t.TempDir(), "sbat")
+	if msg, err := exec.Command("objcopy", "-O", "binary", "--only-section=.sbat", path, section).CombinedOutput(); err != nil {
+		t.Fatalf("objcopy (Debian package binutils): %v: %s", err, msg)
+	}
+	if judged, err := os.ReadFile(section); err != nil || !bytes.Equal(bytes.TrimRight(judged, "\x00"), text) {
+		t.Errorf("%s: objcopy finds %q in .sbat (%v), we %q", path, judged, err, text)
 	}
 }
 

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/keys"
@@ -136,19 +138,40 @@ func (b *builder) checkAllowed(name string, s secureBoot) (err error) {
 	return program.Allowed(s.db, s.dbx)
 }
 
-// enrolment is what makes systemd-boot enrol the vendor's keys in a firmware in setup
-// mode (loader.conf(5), secure-boot-enroll). It reads loader/keys/auto.
+// enrolment puts the keys on the ESP, for a firmware's set-up or systemd-boot's menu to
+// enrol them (loader.conf(5), secure-boot-enroll). systemd-boot could do so by itself, but
+// begins again at every start for ever where a firmware does not keep keys (F4); the
+// agent, which has them in the initrd, gives up.
 func (b *builder) enrolment(o *partition.FormatOptions) {
-	mode := b.spec.SecureBoot.Enroll
-	if mode == "" || mode == "off" {
+	if !b.enrolls("manual", "force") {
 		return
 	}
-	o.SecureBootEnroll = mode
-	k := b.in.Keys
-	for _, f := range []struct {
-		name string
-		auth []byte
-	}{{keys.DB, k.DB.Auth}, {keys.KEK, k.KEK.Auth}, {keys.PK, k.PK.Auth}} {
-		o.Files = append(o.Files, partition.ESPFile{Path: "loader/keys/auto/" + f.name + ".auth", Data: bytes.Clone(f.auth)})
+	o.SecureBootEnroll = "manual"
+	for name, auth := range b.enrolmentFiles() {
+		o.Files = append(o.Files, partition.ESPFile{Path: "loader/keys/auto/" + name, Data: bytes.Clone(auth)})
 	}
+	slices.SortFunc(o.Files, func(x, y partition.ESPFile) int { return strings.Compare(x.Path, y.Path) })
+}
+
+func (b *builder) enrolls(modes ...string) bool {
+	return slices.Contains(modes, b.spec.SecureBoot.Enroll)
+}
+
+// enrolmentFiles are the .auth files by name.
+func (b *builder) enrolmentFiles() map[string][]byte {
+	k := b.in.Keys
+	return map[string][]byte{keys.DB + ".auth": k.DB.Auth, keys.KEK + ".auth": k.KEK.Auth, keys.PK + ".auth": k.PK.Auth}
+}
+
+// addEnrolment puts the keys into the initrd, where they are measured, for the agent.
+func (b *builder) addEnrolment(root *tree.Node) error {
+	if !b.enrolls("force") {
+		return nil
+	}
+	for name, auth := range b.enrolmentFiles() {
+		if err := b.put(root, path.Join(image.EnrolmentPath, name), 0o644, tree.Bytes(auth)); err != nil {
+			return err
+		}
+	}
+	return nil
 }

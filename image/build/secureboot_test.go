@@ -169,7 +169,7 @@ func wantOnESP(t *testing.T, disk string, auths map[string][]byte) {
 			t.Errorf("%s.auth on the ESP is not the keys' own", name)
 		}
 	}
-	if conf := string(read("loader/loader.conf")); !strings.Contains(conf, "\nsecure-boot-enroll force\n") {
+	if conf := string(read("loader/loader.conf")); !strings.Contains(conf, "\nsecure-boot-enroll manual\n") {
 		t.Errorf("loader.conf: %s", conf)
 	}
 }

@@ -204,11 +204,10 @@ type Seal struct {
 
 // SecureBoot says how boxes get the vendor's keys, and how a release changes them.
 type SecureBoot struct {
-	// Enroll is "force" where the disk brings the vendor's keys for the boot loader to
-	// enrol in a firmware that is in setup mode, without asking anybody; "manual" offers
-	// it in the boot loader's menu. The default, "off", leaves it to the factory. Force
-	// is for boards that are known to keep keys: on one that forgets them over a restart
-	// (F4) the boot loader enrols and restarts for ever.
+	// Enroll is "force" where a device whose firmware is in setup mode at its first start
+	// gets the vendor's keys by itself, and starts once more before anything is sealed to
+	// them; "manual" where the boot loader's menu and the firmware's set-up find them on
+	// the disk. The default, "off", leaves it to the factory.
 	Enroll string `yaml:"enroll"`
 	// DB and DBX are signed updates (.auth) of the variables of these names, files on
 	// the build machine, ~/ allowed: db-next.auth or db.auth of the keys' folder, and

@@ -350,6 +350,10 @@ func TestSignLoader(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustRun(t, "sbsigntool", "sbverify", "--cert", certPath, write(t, signed))
+	again, err := Sign(memory(loader), key, cert)
+	if err != nil || !bytes.Equal(content(t, again), content(t, signed)) {
+		t.Errorf("signed twice, the loader has other bytes (%v)", err)
+	}
 
 	bySbsign := filepath.Join(t.TempDir(), "sbsign.efi")
 	mustRun(t, "sbsigntool", "sbsign", "--key", keyPath, "--cert", certPath, "--output", bySbsign, write(t, memory(loader)))

@@ -1,0 +1,301 @@
+package hwtest_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/holdfast-os/holdfast/hwtest"
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/image/build"
+	"github.com/holdfast-os/holdfast/image/keys"
+	"github.com/holdfast-os/holdfast/image/spec"
+	"github.com/holdfast-os/holdfast/image/tree"
+	"github.com/holdfast-os/holdfast/image/uki"
+	"github.com/holdfast-os/holdfast/partition"
+)
+
+// plant writes a release into a slot of a box that is off; ukiOf, if not nil, makes
+// another kernel image of the release's.
+func plant(t *testing.T, disk string, p *product, slot partition.Slot, tries int, ukiOf func([]byte) []byte) {
+	t.Helper()
+	d, _ := openDisk(t, disk)
+	contents, err := build.Contents(p.release(), p.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if ukiOf != nil {
+		b, err := os.ReadFile(filepath.Join(p.release(), image.UKIName))
+		if err != nil {
+			t.Fatal(err)
+		}
+		contents.UKI = partition.Bytes(ukiOf(b))
+	}
+	o := partition.WriteOptions{Tries: tries, Running: slot.Other(), Time: time.Unix(p.manifest.BuildTimeSec, 0)}
+	if err := d.WriteSlot(context.Background(), slot, contents, o, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unsignedPE takes the signatures off a program.
+func unsignedPE(t *testing.T, b []byte) []byte {
+	t.Helper()
+	f, err := uki.Parse(bytes.NewReader(b), int64(len(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sigs, err := f.Signatures()
+	if err != nil || len(sigs) != 1 {
+		t.Fatalf("%d signatures, %v", len(sigs), err)
+	}
+	// PE Format §3.4.3: the address and size of the certificate table, data directory 4.
+	pe := int(uint32(b[0x3c]) | uint32(b[0x3d])<<8 | uint32(b[0x3e])<<16)
+	entry := b[pe+24+112+4*8:]
+	at := int(uint32(entry[0]) | uint32(entry[1])<<8 | uint32(entry[2])<<16 | uint32(entry[3])<<24)
+	out := bytes.Clone(b[:at])
+	clear(out[pe+24+112+4*8 : pe+24+112+5*8])
+	return out
+}
+
+// signedBy signs a program with another vendor's key instead.
+func signedBy(t *testing.T, k *keys.Keys, b []byte) []byte {
+	t.Helper()
+	signed, err := uki.Sign(tree.Bytes(unsignedPE(t, b)), k.DB.Key, k.DB.Cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := signed.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	out, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// refusedPattern is what systemd-boot and OVMF say of a program that Secure Boot refuses.
+const refusedPattern = `(?i)access denied|security violation`
+
+// TestForeignKernelImages: kernel images that the vendor did not sign, planted on the boot
+// partition as an update, are refused by the firmware, and the box comes back by itself.
+func TestForeignKernelImages(t *testing.T) {
+	t.Parallel()
+	next := buildRelease(t, t.TempDir(), theProduct(t).keys, "2.6.0", nil)
+	stranger, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, ukiOf := range map[string]func([]byte) []byte{
+		"Unsigned":           func(b []byte) []byte { return unsignedPE(t, b) },
+		"SignedByAnotherKey": func(b []byte) []byte { return signedBy(t, stranger, b) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m, _ := aBox(t, true)
+			plant(t, m.Disk, next, partition.SlotB, 1, ukiOf)
+			m.PowerOn()
+			m.Expect(refusedPattern, bootTime)
+			m.Expect(tpmPattern, bootTime)
+			m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
+			wantRecord(t, m, "first", "kept")
+			if strings.Contains(m.Console(), "version=2.6.0 slot=b") {
+				t.Error("the planted release was started")
+			}
+			if e := entry(t, m.Disk, partition.SlotB); !e.Bad() {
+				t.Errorf("the planted release has tries left: %+v", e)
+			}
+		})
+	}
+}
+
+// TestForeignLoader: a boot loader that the vendor did not sign is refused as well, and
+// with it the release that would be good; the vendor's, put back, starts it again.
+func TestForeignLoader(t *testing.T) {
+	t.Parallel()
+	m, _ := aBox(t, true)
+	stranger, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	replace := func(change func([]byte) []byte) {
+		d, _ := openDisk(t, m.Disk)
+		replaceOnESP(t, d, "EFI/BOOT/BOOTX64.EFI", change)
+	}
+	var ours []byte
+	replace(func(b []byte) []byte { ours = b; return signedBy(t, stranger, b) })
+	m.PowerOn()
+	expectRefused(t, m, refusedPattern)
+	m.PowerCut()
+	replace(func([]byte) []byte { return ours })
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// writeFile puts a file into a product's folder, for its spec to name.
+func writeFile(t *testing.T, path string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, b, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// releaseRevoked: a release brings the next key's certificate for db and revokes the
+// first release in dbx. The box makes one change a boot and opens its data by the TPM
+// all the way; what was revoked does not start any more, and the box comes back.
+func releaseRevoked(t *testing.T) {
+	p := theProduct(t)
+	digest, err := hex.DecodeString(p.manifest.Expected.UKIAuthenticode)
+	if err != nil || len(digest) != 32 {
+		t.Fatalf("digest %x, %v", digest, err)
+	}
+	dbx, err := p.keys.Revoke(keys.Revocation{Digests: [][32]byte{[32]byte(digest)}}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	between := buildRelease(t, t.TempDir(), p.keys, "2.7.0", nil)
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "dbx.auth"), dbx)
+	writeFile(t, filepath.Join(dir, "db-next.auth"), p.keys.DBNext.Auth)
+	last := buildRelease(t, dir, p.keys, "2.8.0", func(s *spec.Spec) {
+		s.SecureBoot.DB, s.SecureBoot.DBX = "db-next.auth", "dbx.auth"
+	})
+	m, _ := aBox(t, true)
+
+	// While the revoked release is the one to fall back to, dbx has to wait, and db need not.
+	plant(t, m.Disk, last, partition.SlotB, 0, nil)
+	m.PowerOn()
+	m.Expect(`ready name=probe version=2.8.0 slot=b`, bootTime)
+	m.Expect(`blocked="the change of dbx that this release brings is not made: release 1.0.0 in slot a would not start any more`, bootTime)
+	m.Expect(`Secure Boot database changed variable=db`, bootTime)
+	m.Expect(`why="for the change of db to be in force"`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`boot confirmed slot=b version=2.8.0`, bootTime)
+	m.PowerButton(bootTime)
+
+	// With another release in its place, it is made.
+	plant(t, m.Disk, between, partition.SlotA, 0, nil)
+	plant(t, m.Disk, last, partition.SlotB, 0, nil) // the newer one again
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`Secure Boot database changed variable=dbx`, bootTime)
+	m.Expect(`why="for the change of dbx to be in force"`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`ready name=probe version=2.8.0 slot=b`, bootTime)
+	wantRecord(t, m, "first", "kept")
+	m.Expect(`boot confirmed slot=b version=2.8.0`, bootTime)
+	m.Expect(`TPM states added=.* dropped=`, bootTime)
+	s := sealStatus(t, m)
+	if s.Keys == nil || s.Keys.Pending != "" || len(s.Keys.Problems) > 0 || !s.Keys.Vendor || len(s.Keys.Keys["db"]) != 2 {
+		t.Errorf("status of the keys: %+v", s.Keys)
+	}
+	m.PowerButton(bootTime)
+
+	plant(t, m.Disk, p, partition.SlotA, 1, nil)
+	m.PowerOn()
+	m.Expect(refusedPattern, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`ready name=probe version=2.8.0 slot=b`, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// enrolling is a product whose boxes enrol the vendor's keys, which the factory did not.
+func enrolling(t *testing.T) *product {
+	t.Helper()
+	return buildRelease(t, t.TempDir(), theProduct(t).keys, "1.0.0", func(s *spec.Spec) { s.SecureBoot.Enroll = "force" })
+}
+
+// setupMode is a firmware without keys.
+func setupMode() *hwtest.SecureBootKeys { return &hwtest.SecureBootKeys{} }
+
+const enrolPattern = `enrolling the vendor's Secure Boot keys attempt=`
+
+// TestEnrolment: a board in setup mode gets the vendor's keys, and the boot that reads
+// them back seals to them (F4). Keys that vanish later come back in the same way.
+func TestEnrolment(t *testing.T) {
+	t.Parallel()
+	m := hwtest.New(t, enrolling(t).disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	m.PowerOn()
+	m.Expect(enrolPattern+`1`, bootTime)
+	m.Expect(`first boot: provisioning`, bootTime)
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	if n := strings.Count(m.Console(), ": starting name=probe"); n != 2 {
+		t.Errorf("the agent was started %d times until the box was ready, not twice:\n%s", n, m.Console())
+	}
+	store(t, m, "first", "kept")
+	if s := sealStatus(t, m); !s.SecureBoot || s.Keys == nil || !s.Keys.Vendor || s.Keys.Mode != "on" || len(s.Degraded) > 0 {
+		t.Errorf("status %+v, keys %+v", s, s.Keys)
+	}
+	m.PowerButton(bootTime)
+
+	if err := m.ResetFirmware(setupMode()); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(enrolPattern+`1`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// keysForgotten (F4): where the firmware keeps no keys, enrolling them is given up and
+// nothing rests on them. A board that did keep them and then does not any more is another
+// one to the TPM.
+func keysForgotten(t *testing.T) {
+	p := enrolling(t)
+	forgetful := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode(), ReadOnlyVariables: true})
+	forgetful.PowerOn()
+	forgetful.Expect(enrolPattern+`1`, bootTime)
+	forgetful.Expect(enrolPattern+`2`, bootTime)
+	forgetful.Expect(`Secure Boot is not in force \(setup mode.* does not keep keys over a restart`, bootTime)
+	forgetful.Expect(`degraded reason="Secure Boot is off`, bootTime)
+	forgetful.Expect(recoveryPattern, bootTime)
+	forgetful.Expect(readyPattern, bootTime)
+	forgetful.PowerCut()
+
+	m := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	m.PowerOn()
+	recovery := m.Expect(recoveryPattern, 2*bootTime)[1]
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "kept")
+	m.PowerButton(bootTime)
+	if err := m.ResetFirmware(setupMode()); err != nil {
+		t.Fatal(err)
+	}
+	m.ReadOnlyVariables(true)
+	m.PowerOn()
+	m.Expect(`does not keep keys over a restart`, 3*bootTime)
+	m.Expect(promptPattern, bootTime)
+	m.Send(recovery + "\n")
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
+// noRoomForKeys (F65): a variable store that is full when the keys are to be enrolled
+// leaves the box without Secure Boot, and says so.
+func noRoomForKeys(t *testing.T) {
+	m := hwtest.New(t, enrolling(t).disk(), hwtest.Options{SecureBoot: setupMode(), Forward: []int{80}})
+	if err := m.FillVariables(); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(`Secure Boot keys error="enrol.*the firmware's variable store is full`, bootTime)
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	s := statusOf(t, m)
+	if !slices.ContainsFunc(s.Problems, func(p string) bool { return strings.Contains(p, "variable store is full") }) {
+		t.Errorf("the status does not say that the keys are missing: %q", s.Problems)
+	}
+}
