@@ -19,7 +19,7 @@ type packer struct{ progress func(build.Step) }
 
 // Pack implements [repo.Packer].
 func (p packer) Pack(ctx context.Context, root repo.RootImage, w io.Writer) error {
-	return deltamake.Pack(ctx, p.watch("compress root", root), root.Verity, w, zstd.SpeedBetterCompression)
+	return deltamake.Pack(ctx, p.watch("compress root", root), root.Verity, w, zstd.SpeedDefault)
 }
 
 // Pieces implements [repo.Packer].
