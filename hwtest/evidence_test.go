@@ -3,6 +3,7 @@ package hwtest_test
 import (
 	"encoding/json"
 	"encoding/pem"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/hwtest"
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/spec"
@@ -139,5 +141,64 @@ func wantChecks(t *testing.T, v attest.Verdict, but ...string) {
 		if (c.Result == attest.Pass) == slices.Contains(but, c.Name) {
 			t.Errorf("%s %s: %s (%s)", c.Name, c.Result, c.Text, c.Event)
 		}
+	}
+}
+
+// TestEvidenceKeptIn: a release that says nothing of evidence answers nobody's stick. By
+// the API, root gets the answer, and with Secure Boot off it says exactly that.
+func TestEvidenceKeptIn(t *testing.T) {
+	t.Parallel()
+	m, _ := aBox(t, false)
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	c, err := attest.NewChallenge(time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, stick := filepath.Join(t.TempDir(), c.FileName()), newStick(t)
+	if err := os.WriteFile(file, c.Marshal(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tool(t, "mcopy", "-i", stick, file, "::")
+	unwritten := unchanged(t, stick)
+	if err := m.VM().Plug(stick, false); err != nil {
+		t.Fatal(err)
+	}
+	m.Expect(`a challenge is not answered: this release lets no evidence leave on a medium`, bootTime)
+	m.Expect(`no bundle and no repository on the medium`, bootTime)
+	if err := m.VM().Unplug(); err != nil {
+		t.Fatal(err)
+	}
+	unwritten()
+
+	text, err := call(m, http.MethodPost, "/v1/attest", string(c.Marshal()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answered agent.Attested
+	if err := json.Unmarshal([]byte(text), &answered); err != nil {
+		t.Fatal(err)
+	}
+	a, err := attest.ParseAnswer(answered.Answer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := theProduct(t)
+	reference, err := p.manifest.Reference()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := p.firmwareKeys(t)
+	keys, err := attest.NewKeys(own.PK, own.KEK, own.DB, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := &attest.Policy{Now: time.Now(), SoftwareTPM: true, References: []attest.Reference{reference}, Keys: keys}
+	unknown := append(attest.FirstContact(), attest.CheckEK, attest.CheckAK) // its TPM has no certificate
+	v := attest.Verify(a, c, policy)
+	wantChecks(t, v, append(unknown, attest.CheckSecureBoot)...)
+	if v.Of(attest.CheckSecureBoot).Result != attest.Fail || len(a.Attachments) != 0 {
+		t.Errorf("%+v; %d files", v, len(a.Attachments))
 	}
 }
