@@ -197,8 +197,8 @@ func TestEvidenceKeptIn(t *testing.T) {
 	policy := &attest.Policy{Now: time.Now(), SoftwareTPM: true, References: []attest.Reference{reference}, Keys: keys}
 	unknown := append(attest.FirstContact(), attest.CheckEK, attest.CheckAK) // its TPM has no certificate
 	v := attest.Verify(a, c, policy)
-	wantChecks(t, v, append(unknown, attest.CheckSecureBoot)...)
-	if v.Of(attest.CheckSecureBoot).Result != attest.Fail || len(a.Attachments) != 0 {
+	wantChecks(t, v, append(unknown, attest.CheckSecureBoot, attest.CheckKeys)...) // nobody enrolled any
+	if v.Of(attest.CheckSecureBoot).Result != attest.Fail || v.Of(attest.CheckKeys).Result != attest.Fail || len(a.Attachments) != 0 {
 		t.Errorf("%+v; %d files", v, len(a.Attachments))
 	}
 }

@@ -292,13 +292,13 @@ func TestSecureBootOff(t *testing.T) {
 	r.policy.Accept = append(FirstContact(), CheckAK)
 	c := r.challenge(t)
 	a := r.answer(t, c)
-	wantFails(t, Verify(a, c, &r.policy), CheckSecureBoot)
+	wantFails(t, Verify(a, c, &r.policy), CheckSecureBoot, CheckKeys)
 	r.policy.NoSecureBoot = true
+	wantFails(t, Verify(a, c, &r.policy), CheckKeys) // in setup mode
+	r.policy.Keys, r.policy.Accept = nil, append(r.policy.Accept, CheckKeys)
 	if v := Verify(a, c, &r.policy); !v.Good() {
 		t.Errorf("allowed: %+v", v)
 	}
-	r.policy.Keys = mustKeys(t, b["PK"], b["KEK"], b["db"], b["dbx"])
-	wantFails(t, Verify(a, c, &r.policy), CheckKeys)
 }
 
 // TestInitrd: what answers from the initrd could still have the disk's key.

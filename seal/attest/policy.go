@@ -29,7 +29,8 @@ type Policy struct {
 	References []Reference
 	// Keys are the Secure Boot keys that the box may have.
 	Keys *Keys
-	// NoSecureBoot takes boxes whose Secure Boot is off; their keys count all the same.
+	// NoSecureBoot takes boxes whose Secure Boot is off; their keys count all the
+	// same, so that one in setup mode fails where Keys are given.
 	NoSecureBoot bool
 	// Programs are Authenticode digests of what firmware may start before the boot loader.
 	Programs []pcr.Digest

@@ -120,6 +120,10 @@ func (w *verification) secureBootKeys(s pcr7) {
 		name    string
 		allowed []pcr.Signature
 	}{{"PK", k.pk}, {"KEK", k.kek}, {"db", k.db}} {
+		if len(has[v.name]) == 0 && len(v.allowed) > 0 {
+			w.fail(CheckKeys, v.name+" is empty", v.name, "Innocent: the vendor's keys were never enrolled, or the firmware was reset. Hostile: they were deleted. Without a PK anybody can enrol keys.")
+			return
+		}
 		if extra := without(has[v.name], v.allowed); len(extra) > 0 && len(v.allowed) > 0 {
 			w.fail(CheckKeys, fmt.Sprintf("%s has %d entries that are not the vendor's", v.name, len(extra)), v.name+": "+extra[0].String(),
 				"Innocent: the hardware maker's keys were left in. Hostile: somebody added a key, and what it signs starts.")
