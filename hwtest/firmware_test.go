@@ -32,6 +32,7 @@ func TestBoards(t *testing.T) {
 		tests["a release is revoked"] = releaseRevoked
 		tests["keys are not kept"] = keysForgotten
 		tests["no room for keys"] = noRoomForKeys
+		tests["the disk changes what is on it"] = authenticatedVolume
 		tests["own root is damaged and a medium is there"] = mediumForDamagedRoot
 	}
 	for name, test := range tests {
