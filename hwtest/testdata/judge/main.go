@@ -1,4 +1,4 @@
-// Command judge is the first process of the system that TestAuthenticatedVolume has
+// Command judge is the first process of the system that authenticatedVolume has
 // cryptsetup judge in. /dev/vda is a disk of ours, with a volume on its last
 // partition; /dev/vdb is for a volume of cryptsetup's, /dev/vdc for one without
 // integrity. The kernel's command line has key=, the passphrase of all.
