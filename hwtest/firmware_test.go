@@ -229,11 +229,12 @@ func mediumForDamagedRoot(t *testing.T) {
 }
 
 // statusOf asks the agent in the box.
-func statusOf(t *testing.T, m *hwtest.Machine) (s agent.Status) {
+func statusOf(t *testing.T, m *hwtest.Machine) *agent.Status {
 	t.Helper()
+	s := &agent.Status{}
 	text, err := call(m, http.MethodGet, "/v1/status", "")
 	if err == nil {
-		err = json.Unmarshal([]byte(text), &s)
+		err = json.Unmarshal([]byte(text), s)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -1,8 +1,6 @@
 package hwtest_test
 
 import (
-	"encoding/json"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -14,20 +12,6 @@ import (
 
 // maxTPMCommands is what a later boot may ask of the TPM, all in all.
 const maxTPMCommands = 12
-
-// sealStatus asks the agent in the box.
-func sealStatus(t *testing.T, m *hwtest.Machine) *agent.Status {
-	t.Helper()
-	text, err := call(m, http.MethodGet, "/v1/status", "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &agent.Status{}
-	if err := json.Unmarshal([]byte(text), s); err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
 
 // wantStates compares the names of the states in which the TPM opens.
 func wantStates(t *testing.T, s *agent.Status, want ...string) {
@@ -54,12 +38,12 @@ func updateBound(t *testing.T, m *hwtest.Machine, from, good, bad string) {
 	if err := apply(m, good); err != nil {
 		t.Fatal(err)
 	}
-	wantStates(t, sealStatus(t, m), "slot a "+from, "slot b "+good)
+	wantStates(t, statusOf(t, m), "slot a "+from, "slot b "+good)
 	reboot(t, m)
 	m.Expect(tpmPattern, bootTime)
 	m.Expect(`blessed slot=b version=`+good, bootTime)
 	wantRecord(t, m, "first", "kept")
-	wantStates(t, sealStatus(t, m), "slot a "+from, "slot b "+good)
+	wantStates(t, statusOf(t, m), "slot a "+from, "slot b "+good)
 
 	if err := apply(m, bad); err != nil {
 		t.Fatal(err)
@@ -73,7 +57,7 @@ func updateBound(t *testing.T, m *hwtest.Machine, from, good, bad string) {
 	m.Expect(`fell back version=`+bad, bootTime)
 	m.Expect(`ready name=probe version=`+good+` slot=b`, bootTime)
 	wantRecord(t, m, "first", "kept")
-	s := sealStatus(t, m)
+	s := statusOf(t, m)
 	wantStates(t, s, "slot b "+good)
 	if s.Boot.TPMCommands > maxTPMCommands {
 		t.Errorf("%d TPM commands in a later boot", s.Boot.TPMCommands)
@@ -114,7 +98,7 @@ func TestStrict(t *testing.T) {
 	reboot(t, m)
 	m.Expect(tpmPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
-	s := sealStatus(t, m)
+	s := statusOf(t, m)
 	if !slices.Equal(s.SealedPCRs, []int{0, 2, 4, 7, 11}) {
 		t.Errorf("sealed to %v", s.SealedPCRs)
 	}
