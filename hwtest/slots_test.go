@@ -28,8 +28,8 @@ func TestEncryptedSlots(t *testing.T) {
 	t.Parallel()
 	const within = 2 * bootTime // a slot is encrypted on the way
 	encrypted := func(s *spec.Spec) { s.Disk.EncryptSlots = true }
-	first := buildRelease(t, t.TempDir(), theProduct(t).keys, "5.0.0", encrypted)
-	second := nextRelease(t, "5.1.0", encrypted)
+	first := buildRelease(t, t.TempDir(), theProduct(t).keys, "7.0.0", encrypted)
+	second := nextRelease(t, "7.1.0", encrypted)
 	m := hwtest.New(t, first.disk(), hwtest.Options{Forward: []int{80}, SecureBoot: first.firmwareKeys(t)})
 	m.PowerOn()
 	recovery := m.Expect(recoveryPattern, within)[1]
@@ -45,16 +45,16 @@ func TestEncryptedSlots(t *testing.T) {
 	store(t, m, "first", "kept")
 	wantNoPlaintext(t, m, first, second)
 
-	if err := apply(m, "5.1.0"); err != nil {
+	if err := apply(m, "7.1.0"); err != nil {
 		t.Fatal(err)
 	}
-	fetched, err := strconv.ParseInt(m.Expect(`installing version=5.1.0 slot=b by=\w+ fetch_bytes=(\d+)`, within)[1], 10, 64)
+	fetched, err := strconv.ParseInt(m.Expect(`installing version=7.1.0 slot=b by=\w+ fetch_bytes=(\d+)`, within)[1], 10, 64)
 	if err != nil || fetched > second.manifest.Root.SizeBytes/10 {
 		t.Errorf("%d bytes were fetched (%v) for a root of %d that is nearly the one in the encrypted slot", fetched, err, second.manifest.Root.SizeBytes)
 	}
 	reboot(t, m)
 	m.Expect(tpmPattern, within)
-	m.Expect(`blessed slot=b version=5.1.0`, within)
+	m.Expect(`blessed slot=b version=7.1.0`, within)
 	if strings.Count(m.Console(), "slot encrypted") != 1 {
 		t.Error("a slot that was written encrypted was encrypted once more")
 	}
@@ -73,7 +73,7 @@ func TestEncryptedSlots(t *testing.T) {
 	expectClosed(t, m)
 	m.Send(recovery + "\n")
 	m.Expect(`opened with the recovery key`, within)
-	m.Expect(`ready name=probe version=5.1.0 slot=b`, within)
+	m.Expect(`ready name=probe version=7.1.0 slot=b`, within)
 	wantRecord(t, m, "first", "kept")
 }
 
