@@ -54,6 +54,10 @@ func report() error {
 			return fmt.Errorf("mount %s: %w", m.at, err)
 		}
 	}
+	// A message of the kernel's in the middle of a line would be taken for its end.
+	if err := os.WriteFile("/proc/sys/kernel/printk", []byte("1"), 0); err != nil {
+		return err
+	}
 	console, err := os.OpenFile("/dev/console", os.O_RDWR, 0)
 	if err != nil {
 		return err
