@@ -95,7 +95,7 @@ lint:
 BOOTING := ./hwtest/... ./examples/...
 test: inputs $(SYSTEMD_ROOT)/.complete lint
 	$(GO) test -race -timeout 30m $$($(GO) list ./... | grep -vE '/(hwtest|examples)(/|$$)')
-	$(GO) test -count=1 -timeout 40m -p 1 -parallel 2 $(BOOTING)
+	$(GO) test -count=1 -timeout 50m -p 1 -parallel 2 $(BOOTING)
 
 # The long ones: power cuts of real boots, every state of simulated ones, fuzzing.
 CUTS ?= 30
