@@ -34,29 +34,35 @@ func TestEvidenceSection(t *testing.T) {
 		if slices.Contains(m.Modules, "vfat") != want.Stick {
 			t.Errorf("%q: modules %q", section, m.Modules)
 		}
-		img, err := os.Open(filepath.Join(out, build.ReleaseName, image.RootName))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer img.Close()
-		root, err := erofs.Open(img, m.Root.SizeBytes)
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, err := root.Lookup(image.AppliancePath)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text, err := io.ReadAll(root.Data(n))
-		if err != nil {
-			t.Fatal(err)
-		}
-		var app image.Appliance
-		if err := json.Unmarshal(text, &app); err != nil {
-			t.Fatal(err)
-		}
+		app := builtAppliance(t, out, m)
 		if !reflect.DeepEqual(app.Evidence, want) {
 			t.Errorf("%q: the appliance has %+v, want %+v", section, app.Evidence, want)
 		}
 	}
+}
+
+// builtAppliance is the description in a built root.
+func builtAppliance(t *testing.T, out string, m *image.Manifest) (app image.Appliance) {
+	t.Helper()
+	img, err := os.Open(filepath.Join(out, build.ReleaseName, image.RootName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	root, err := erofs.Open(img, m.Root.SizeBytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := root.Lookup(image.AppliancePath)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := io.ReadAll(root.Data(n))
+	if err == nil {
+		err = json.Unmarshal(text, &app)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return app
 }

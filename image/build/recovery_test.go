@@ -2,9 +2,6 @@ package build_test
 
 import (
 	"context"
-	"encoding/json"
-	"io"
-	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -12,7 +9,6 @@ import (
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/build"
-	"github.com/holdfast-os/holdfast/image/erofs"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 )
 
@@ -33,27 +29,7 @@ func TestRecoverySection(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	img, err := os.Open(filepath.Join(w.dir, "out", build.ReleaseName, image.RootName))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer img.Close()
-	root, err := erofs.Open(img, m.Root.SizeBytes)
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := root.Lookup(image.AppliancePath)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := io.ReadAll(root.Data(n))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var app image.Appliance
-	if err := json.Unmarshal(text, &app); err != nil {
-		t.Fatal(err)
-	}
+	app := builtAppliance(t, filepath.Join(w.dir, "out"), m)
 	want := image.Recovery{
 		Console: "none", Threshold: 2, URL: "https://escrow.example/", ReceiptKeyPEM: string(receipt), RequireReceipt: true,
 		Holders: []image.Holder{{Name: "vendor", Recipient: k.EscrowRecipient.String()}, {Name: "owner", Recipient: owner.Recipient().String()}},
