@@ -39,7 +39,7 @@ func (p packer) Patch(ctx context.Context, from, to repo.RootImage, w io.Writer)
 
 // Unpack implements [repo.Packer].
 func (packer) Unpack(_ context.Context, pack, tree io.Reader, v image.Verity, w io.Writer) error {
-	z, err := zstd.NewReader(pack, zstd.WithDecoderConcurrency(1))
+	z, err := zstd.NewReader(pack, zstd.WithDecoderConcurrency(0))
 	if err != nil {
 		return err
 	}

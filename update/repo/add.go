@@ -92,10 +92,23 @@ func (r *Repo) Add(ctx context.Context, folder string, o AddOptions, p Packer) (
 	if err := checkFile(f, m.Root); err != nil {
 		return nil, fmt.Errorf("add release: %w", err)
 	}
+	list, err := r.before(target, o.KeepDeltas)
+	if err != nil {
+		return nil, fmt.Errorf("add release: %w", err)
+	}
+	// Unpacking leaves processors idle, which compressing does not.
+	ctx, cancel := context.WithCancel(ctx)
+	olds := r.unpack(ctx, list, p)
+	defer func() {
+		cancel()
+		for old := range olds {
+			err = errors.Join(err, old.close())
+		}
+	}()
 	if err := r.addBlobs(ctx, folder, rel, RootImage{f, m.Verity}, p); err != nil {
 		return nil, fmt.Errorf("add release %s: %w", m.Version, err)
 	}
-	if err := r.addPatches(ctx, target, rel, RootImage{f, m.Verity}, o.KeepDeltas, p); err != nil {
+	if err := r.addPatches(ctx, rel, olds, RootImage{f, m.Verity}, p); err != nil {
 		return nil, fmt.Errorf("add release %s: %w", m.Version, err)
 	}
 	text, err := rel.Encode()
@@ -160,15 +173,11 @@ func readManifest(folder string) (*image.Manifest, error) {
 }
 
 func checkFile(f io.ReaderAt, want image.File) error {
-	h := sha256.New()
-	n, err := io.Copy(h, io.NewSectionReader(f, 0, want.SizeBytes+1))
-	if err != nil {
+	c := &counter{w: io.Discard, h: sha256.New()}
+	if _, err := io.Copy(c, io.NewSectionReader(f, 0, want.SizeBytes+1)); err != nil {
 		return fmt.Errorf("read %s: %w", want.Name, err)
 	}
-	if sum := fmt.Sprintf("%x", h.Sum(nil)); n != want.SizeBytes || sum != want.SHA256 {
-		return fmt.Errorf("%s is not the file of its manifest: it has the SHA-256 %.16s… and not %.16s…; build the release again", want.Name, sum, want.SHA256)
-	}
-	return nil
+	return c.check(want)
 }
 
 // addBlobs writes UKI, loader, pack, pieces and tree.
@@ -224,6 +233,14 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// check says whether what went through is a file of a manifest.
+func (c *counter) check(want image.File) error {
+	if sum := fmt.Sprintf("%x", c.h.Sum(nil)); c.n != want.SizeBytes || sum != want.SHA256 {
+		return fmt.Errorf("%s is not the file of its manifest: it has the SHA-256 %.16s… and not %.16s…; build the release again", want.Name, sum, want.SHA256)
+	}
+	return nil
+}
+
 // addBlob writes a blob under a temporary name and renames it to its hash.
 func (r *Repo) addBlob(write func(io.Writer) error) (b update.Blob, err error) {
 	dir := filepath.Join(r.dir, filepath.Dir(update.BlobPath("x")))
@@ -258,60 +275,123 @@ func syncFolder(dir string) (err error) {
 	return d.Sync()
 }
 
-// addPatches makes patches from the newest n releases before this one.
-func (r *Repo) addPatches(ctx context.Context, t update.Target, rel *update.Release, to RootImage, n int, p Packer) error {
+// before is the newest n releases before t, of the same product, channel and architecture.
+func (r *Repo) before(t update.Target, n int) ([]update.Target, error) {
 	list, err := r.releases()
 	if err != nil || n <= 0 {
-		return err
+		return nil, err
 	}
 	list = slices.DeleteFunc(list, func(o update.Target) bool {
 		return o.Product != t.Product || o.Channel != t.Channel || o.Arch != t.Arch || o.RootHash == t.RootHash || update.CompareVersions(o.Version, t.Version) >= 0
 	})
-	pack, _ := rel.Blob(update.RolePack, "")
-	for _, old := range list[:min(n, len(list))] {
-		b, err := r.patch(ctx, old, to, p)
-		if err != nil {
-			return fmt.Errorf("patch from %s: %w", old.Version, err)
-		}
-		if b.SizeBytes >= pack.SizeBytes {
-			continue // Prune removes it
-		}
-		b.Role, b.From = update.RolePatch, old.RootHash
-		if _, twice := rel.Blob(b.Role, b.From); !twice {
-			rel.Blobs = append(rel.Blobs, b)
-		}
-	}
-	return nil
+	return list[:min(n, len(list))], nil
 }
 
-// patch unpacks an older release into a temporary file and makes the patch from it.
-func (r *Repo) patch(ctx context.Context, old update.Target, to RootImage, p Packer) (b update.Blob, err error) {
-	rel, _, err := r.release(old.Name())
-	if err != nil {
-		return b, err
+// oldRoot is the root of an older release in a file without a name, or why not.
+type oldRoot struct {
+	manifest image.Manifest
+	file     *os.File
+	err      error
+}
+
+func (o oldRoot) close() error {
+	if o.file == nil {
+		return nil
 	}
-	temp, err := os.CreateTemp(r.private, tempPrefix+"*")
-	if err != nil {
-		return b, err
+	return o.file.Close()
+}
+
+// unpack makes the roots of older releases, one ahead of the receiver, who closes them.
+// It ends with ctx, or after an error.
+func (r *Repo) unpack(ctx context.Context, list []update.Target, p Packer) <-chan oldRoot {
+	olds := make(chan oldRoot)
+	go func() {
+		defer close(olds)
+		for _, t := range list {
+			old := r.oldRoot(ctx, t, p)
+			select {
+			case olds <- old:
+			case <-ctx.Done():
+				_ = old.close() // it has no name
+				return
+			}
+			if old.err != nil {
+				return
+			}
+		}
+	}()
+	return olds
+}
+
+func (r *Repo) oldRoot(ctx context.Context, t update.Target, p Packer) (old oldRoot) {
+	old.file, old.err = os.CreateTemp(r.private, tempPrefix+"*")
+	if old.err == nil {
+		old.err = os.Remove(old.file.Name())
 	}
-	defer func() { err = errors.Join(err, temp.Close(), os.Remove(temp.Name())) }()
+	var rel *update.Release
+	if old.err == nil {
+		rel, _, old.err = r.release(t.Name())
+	}
+	if old.err == nil {
+		old.manifest = rel.Manifest
+		old.err = r.unpackTo(ctx, old.file, rel, p)
+	}
+	if old.err != nil {
+		old.err = fmt.Errorf("unpack %s: %w", t.Version, old.err)
+	}
+	return old
+}
+
+// unpackTo writes the root of a release, and checks it.
+func (r *Repo) unpackTo(ctx context.Context, w io.Writer, rel *update.Release, p Packer) (err error) {
 	pack, err := r.openBlob(rel, update.RolePack)
 	if err != nil {
-		return b, err
+		return err
 	}
 	defer func() { err = errors.Join(err, pack.Close()) }()
 	tree, err := r.openBlob(rel, update.RoleTree)
 	if err != nil {
-		return b, err
+		return err
 	}
 	defer func() { err = errors.Join(err, tree.Close()) }()
-	if err := p.Unpack(ctx, pack, tree, rel.Manifest.Verity, temp); err != nil {
-		return b, err
+	c := &counter{w: w, h: sha256.New()}
+	if err := p.Unpack(ctx, pack, tree, rel.Manifest.Verity, c); err != nil {
+		return err
 	}
-	if err := checkFile(temp, rel.Manifest.Root); err != nil {
-		return b, err
+	return c.check(rel.Manifest.Root)
+}
+
+// addPatches makes the patches from older roots, and keeps those smaller than the pack.
+func (r *Repo) addPatches(ctx context.Context, rel *update.Release, olds <-chan oldRoot, to RootImage, p Packer) error {
+	pack, _ := rel.Blob(update.RolePack, "")
+	for old := range olds {
+		b, err := r.addPatch(ctx, old, to, p)
+		if err != nil {
+			return err
+		}
+		if b.SizeBytes >= pack.SizeBytes {
+			continue // Prune removes it
+		}
+		if _, twice := rel.Blob(b.Role, b.From); !twice {
+			rel.Blobs = append(rel.Blobs, b)
+		}
 	}
-	return r.addBlob(func(w io.Writer) error { return p.Patch(ctx, RootImage{temp, rel.Manifest.Verity}, to, w) })
+	return ctx.Err()
+}
+
+// addPatch makes the patch from an older root, and closes that.
+func (r *Repo) addPatch(ctx context.Context, old oldRoot, to RootImage, p Packer) (b update.Blob, err error) {
+	defer func() { err = errors.Join(err, old.close()) }()
+	if old.err != nil {
+		return b, old.err
+	}
+	from := RootImage{old.file, old.manifest.Verity}
+	b, err = r.addBlob(func(w io.Writer) error { return p.Patch(ctx, from, to, w) })
+	if err != nil {
+		return b, fmt.Errorf("patch from %s: %w", old.manifest.Version, err)
+	}
+	b.Role, b.From = update.RolePatch, old.manifest.Verity.RootHash
+	return b, nil
 }
 
 func (r *Repo) openBlob(rel *update.Release, role string) (*os.File, error) {

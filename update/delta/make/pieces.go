@@ -24,8 +24,8 @@ func Pieces(ctx context.Context, root io.ReaderAt, v image.Verity, w io.Writer) 
 	index := delta.PieceIndex{Root: t.RootHash(), DataBlocks: v.DataBlocks}
 	index.Sizes = make([]uint16, (v.DataBlocks+delta.PieceBlocks-1)/delta.PieceBlocks)
 	worker := func() (func(int) ([]byte, error), error) {
-		// In a frame of 8 KiB SpeedBetterCompression saves 2 % in three times the time.
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault),
+		// In a frame of 8 KiB SpeedDefault saves 7 % in twice the time.
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest),
 			zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
 		if err != nil {
 			return nil, err
@@ -37,6 +37,7 @@ func Pieces(ctx context.Context, root io.ReaderAt, v image.Verity, w io.Writer) 
 			if data, err = in.append(data[:0], first, min(jobPieces*delta.PieceBlocks, v.DataBlocks-first)); err != nil {
 				return nil, err
 			}
+			packed = make([]byte, 0, len(data))
 			for i, rest := job*jobPieces, data; len(rest) > 0; i++ {
 				n := min(len(rest), delta.PieceBlocks*delta.BlockSize)
 				before := len(packed)
