@@ -90,7 +90,7 @@ func (r *Repo) Add(ctx context.Context, folder string, o AddOptions, p Packer) (
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if err := checkFile(f, m.Root); err != nil {
-		return nil, fmt.Errorf("add release: %w", err)
+		return nil, fmt.Errorf("add release: %w; build the release again", err)
 	}
 	list, err := r.before(target, o.KeepDeltas)
 	if err != nil {
@@ -213,7 +213,7 @@ func copyFile(w io.Writer, folder, name string, want image.File) (err error) {
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	if err := checkFile(f, want); err != nil {
-		return err
+		return fmt.Errorf("%w; build the release again", err)
 	}
 	_, err = io.Copy(w, f)
 	return err
@@ -236,7 +236,7 @@ func (c *counter) Write(p []byte) (int, error) {
 // check says whether what went through is a file of a manifest.
 func (c *counter) check(want image.File) error {
 	if sum := fmt.Sprintf("%x", c.h.Sum(nil)); c.n != want.SizeBytes || sum != want.SHA256 {
-		return fmt.Errorf("%s is not the file of its manifest: it has the SHA-256 %.16s… and not %.16s…; build the release again", want.Name, sum, want.SHA256)
+		return fmt.Errorf("%s is not the file of its manifest: it has the SHA-256 %.16s… and not %.16s…", want.Name, sum, want.SHA256)
 	}
 	return nil
 }
@@ -337,7 +337,7 @@ func (r *Repo) oldRoot(ctx context.Context, t update.Target, p Packer) (old oldR
 		old.err = r.unpackTo(ctx, old.file, rel, p)
 	}
 	if old.err != nil {
-		old.err = fmt.Errorf("unpack %s: %w", t.Version, old.err)
+		old.err = fmt.Errorf("unpack %s of this repository, which is damaged, to make a patch from it; restore it from a copy, or withdraw it: %w", t.Version, old.err)
 	}
 	return old
 }

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -180,6 +181,35 @@ func mustFind(t *testing.T, a *update.Answer, err error, version string) *update
 		t.Fatalf("no %s: %+v", version, a)
 	}
 	return a.Candidate
+}
+
+// TestDamagedOlderRelease adds a release for which a patch cannot be made.
+func TestDamagedOlderRelease(t *testing.T) {
+	r, dir, _ := create(t, Options{})
+	first := add(t, r, "1.0.0", AddOptions{})
+	pack, _ := first.Blob(update.RolePack, "")
+	name := filepath.Join(dir, update.BlobPath(pack.SHA256))
+	if err := os.Truncate(name, pack.SizeBytes/2); err != nil {
+		t.Fatal(err)
+	}
+	o := AddOptions{Channel: "stable", KeepDeltas: 1}
+	_, err := r.Add(context.Background(), release(t, "gate", "1.1.0", "amd64"), o, zstdPacker{})
+	if err == nil || !strings.Contains(err.Error(), "unpack 1.0.0") || !strings.Contains(err.Error(), "withdraw") {
+		t.Errorf("a patch from half a release: %v", err)
+	}
+	err = filepath.WalkDir(filepath.Dir(dir), func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasPrefix(d.Name(), tempPrefix) {
+			t.Errorf("left behind: %s", path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.KeepDeltas = 0
+	if _, err := r.Add(context.Background(), release(t, "gate", "1.1.0", "amd64"), o, zstdPacker{}); err != nil {
+		t.Errorf("without patches: %v", err)
+	}
 }
 
 // TestRoundTrip publishes two releases and fetches every blob of the newer one from
