@@ -18,8 +18,8 @@ import (
 // documentation for when. In a folder from before there was a db-next it makes one
 // and changes nothing else, since no box knows it yet. The old key stays in the folder as db-retired-….key and
 // .pem. Organization, Now and, for keys that lie elsewhere, Public and Signers of cfg
-// count, the latter for the new db-next; Now has to be later than all that was
-// signed before. The folder is exchanged as a whole, or stays as it was.
+// count, the latter for the new db-next. What is signed is stamped with Now, or later
+// than all that was signed before. The folder is exchanged as a whole, or stays as it was.
 func Rotate(dir string, cfg Config) (*Keys, error) {
 	k, err := rotate(dir, cfg)
 	if err != nil {
@@ -41,8 +41,9 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 		return nil, err
 	}
 	now := cfg.Now.UTC().Truncate(time.Second)
-	if last, err := sigdb.ParseAuth(old.DB.Auth); err != nil || !now.After(last.Time) {
-		return nil, errors.Join(err, fmt.Errorf("the time %s is not later than that of db.auth; firmware would refuse the new one", now.Format(time.RFC3339)))
+	stamp, err := old.laterThanSigned(now)
+	if err != nil {
+		return nil, err
 	}
 	files, err := readFolder(dir)
 	if err != nil {
@@ -64,13 +65,34 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 		return nil, err
 	}
 	for _, name := range enrol {
-		file, err := k.enrol(name, now)
+		file, err := k.enrol(name, stamp)
 		if err != nil {
 			return nil, err
 		}
 		files[file.name] = file
 	}
 	return &k, exchangeFolder(dir, files)
+}
+
+// laterThanSigned is now, or a second after what was signed for db last, if that is not
+// before now: a rotation in the same second, or a clock that was ahead then. Firmware
+// takes a replacement of db only with a time later than that of the last change, whole
+// seconds compared, and never compares it with its clock (UEFI 2.10 §8.2.2). The last
+// change may have been the appending of db-next.
+func (k *Keys) laterThanSigned(now time.Time) (time.Time, error) {
+	for _, p := range []Pair{k.DB, k.DBNext} {
+		if p.Cert == nil {
+			continue
+		}
+		last, err := sigdb.ParseAuth(p.Auth)
+		if err != nil {
+			return now, fmt.Errorf("%s.auth: %w", p.name, err)
+		}
+		if !now.After(last.Time) {
+			now = last.Time.Add(time.Second)
+		}
+	}
+	return now, nil
 }
 
 // add makes a key and puts its files to the others.

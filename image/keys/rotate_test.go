@@ -88,11 +88,54 @@ func TestRotation(t *testing.T) {
 	if info, err := os.Stat(filepath.Join(dir, retired[0])); err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("%s has mode %v, %v", retired[0], info.Mode(), err)
 	}
-	if _, err := Rotate(dir, later); err == nil || !strings.Contains(err.Error(), "not later") {
-		t.Errorf("twice in one second: %v", err)
-	}
 	if got := names(t, filepath.Dir(dir)); len(got) != 1 {
 		t.Errorf("beside the folder lie %v", got)
+	}
+}
+
+// TestRotateStamps: firmware replaces db only by something later than the last change of
+// it, that of db-next included, whatever the clock said at each of them.
+func TestRotateStamps(t *testing.T) {
+	dir, k := create(t)
+	for _, at := range []time.Time{testTime, testTime.Add(999 * time.Millisecond), testTime.Add(-time.Hour), testTime.Add(time.Hour)} {
+		last := auth(t, k.DBNext.Auth).Time // a box that has taken this has it
+		cfg := config()
+		cfg.Now = at
+		var err error
+		if k, err = Rotate(dir, cfg); err != nil {
+			t.Fatal(err)
+		}
+		db, next := auth(t, k.DB.Auth).Time, auth(t, k.DBNext.Auth).Time
+		if want := last.Add(time.Second); at.After(want) && !db.Equal(at.Truncate(time.Second)) || at.Before(want) && !db.Equal(want) {
+			t.Errorf("rotated at %v: db.auth is of %v, before it came %v", at, db, last)
+		}
+		if !next.Equal(db) {
+			t.Errorf("db-next.auth is of %v, db.auth of %v", next, db)
+		}
+		if got := k.DBNext.Cert.NotBefore; !got.Equal(at.Truncate(time.Second)) {
+			t.Errorf("the certificate made at %v holds from %v", at, got)
+		}
+	}
+
+	// A folder that got its db-next after its db, as old ones did.
+	dir, _ = create(t)
+	for _, ext := range []string{".key", ".pem", ".auth"} {
+		if err := os.Remove(filepath.Join(dir, DBNext+ext)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg := config()
+	cfg.Now = testTime.Add(time.Hour)
+	made, err := Rotate(dir, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rotated, err := Rotate(dir, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if before, after := auth(t, made.DBNext.Auth).Time, auth(t, rotated.DB.Auth).Time; !after.After(before) {
+		t.Errorf("db.auth is of %v, and db-next.auth before it of %v", after, before)
 	}
 }
 
