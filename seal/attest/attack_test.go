@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -132,6 +133,18 @@ func TestAttacks(t *testing.T) {
 		{name: "log of a record more", fails: []string{CheckLog}, forge: editLog(func(l *pcr.Log) { l.Events = append(l.Events, l.Events[len(l.Events)-1]) })},
 		{name: "log with a digest changed", fails: []string{CheckLog}, forge: editLog(func(l *pcr.Log) { l.Events[6].Digests[1].Digest[0] ^= 1 })},
 		{name: "measured and not logged", fails: []string{CheckLog}, box: func(_ *testing.T, r *rig) { r.tpm.ExtendDigest(1, program) }},
+		{name: "started by others, and told in the statement instead of the log", fails: []string{CheckLog}, box: func(t *testing.T, r *rig) {
+			r.input.EventLog = hidden(t, r, 7, pcr.EventVariableAuthority, authorityData("MokListRT", make([]byte, 40)))
+			r.input.EventLog = hidden(t, r, 4, pcr.EventBootServicesApp, []byte("a foreign program"))
+		}, forge: tell(MeasuredBytes(7, authorityData("MokListRT", make([]byte, 40)), ""), MeasuredBytes(4, []byte("a foreign program"), ""))},
+		{name: "DMA protection off, and told in the statement instead of the log", fails: []string{CheckLog}, box: func(t *testing.T, r *rig) {
+			r.input.EventLog = hidden(t, r, 7, pcr.EventEFIAction, []byte("DMA Protection Disabled"))
+		}, forge: tell(MeasuredText(7, "DMA Protection Disabled"))},
+		{name: "another firmware, and told in the statement instead of the log", fails: []string{CheckLog, CheckFirmware}, box: func(t *testing.T, r *rig) {
+			r.input.EventLog = hidden(t, r, 2, pcr.EventBootServicesDriver, []byte("a foreign driver"))
+		}, forge: tell(MeasuredBytes(2, []byte("a foreign driver"), ""))},
+		{name: "behind the kernel image, and told in the statement", fails: []string{CheckKernel}, box: func(_ *testing.T, r *rig) { r.tpm.Extend(11, "more") },
+			forge: tell(MeasuredText(11, "more"))},
 		{name: "another kernel image", fails: []string{CheckKernel}, judge: reference(func(r *Reference) { r.Boot.PCR11[0]++ })},
 		{name: "another release", fails: []string{CheckKernel, CheckLoader}, judge: reference(func(r *Reference) {
 			r.Version, r.Boot.PCR11, r.Boot.UKI.Authenticode = "2.0.0", program, program
@@ -203,6 +216,27 @@ func mustKeys(t *testing.T, pk, kek, db, dbx []byte) *Keys {
 		t.Fatal(err)
 	}
 	return k
+}
+
+// hidden measures a record, and is the log without it.
+func hidden(t *testing.T, r *rig, index int, kind pcr.EventType, data []byte) []byte {
+	t.Helper()
+	log := r.input.EventLog
+	r.append(t, index, kind, data, sha256.Sum256(data))
+	return log
+}
+
+// tell has the box say that it measured these itself, in a statement that its TPM signs.
+func tell(list ...Measurement) func(*testing.T, *rig, *Challenge, *Answer) {
+	return func(t *testing.T, r *rig, c *Challenge, a *Answer) {
+		a.Statement.Measurements = append(a.Statement.Measurements, list...)
+		requote(t, r, c, a, Selection())
+		_, err := ParseAnswer(a.Marshal())
+		foreign := slices.ContainsFunc(list, func(m Measurement) bool { return m.PCR != 11 && m.PCR != 15 })
+		if foreign != errors.Is(err, ErrMalformed) {
+			t.Errorf("the file is read with %v", err)
+		}
+	}
 }
 
 func editLog(edit func(*pcr.Log)) func(*testing.T, *rig, *Challenge, *Answer) {

@@ -21,7 +21,8 @@
 //
 // What a check can rest on: the registers are what the TPM signed. A log is a claim of
 // whoever runs the box, and counts for a register only where it replays to the quoted
-// value. The statement (slots, volumes, services) is signed, but nobody measured it: it
+// value; in PCR 11 and 15, which the running system extends, what the box says that it
+// extended counts too. The statement (slots, volumes, services) is signed, but nobody measured it: it
 // is as true as the release that runs, which is why the other checks come first.
 //
 // What cannot be judged is [Unknown], and an unknown is never good: [Verdict.Good]
