@@ -9,7 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
+
 	"os"
 	"path/filepath"
 	"slices"
@@ -206,20 +206,8 @@ example: holdfast attest verify stick/ --challenge sent.json --roots tpm-roots/ 
 	if err != nil {
 		return err
 	}
-	result := &attestation{Type: "attestation"}
-	var items []attest.Item
-	for _, file := range files {
-		item, known, err := o.item(file, challenges)
-		if err != nil {
-			return err
-		}
-		items = append(items, item)
-		result.Answers = append(result.Answers, judged{File: file, Recorded: known})
-	}
-	for i, v := range attest.VerifyAll(items, policy) {
-		result.Answers[i].Verdict = v
-	}
-	if err := o.keep(items, result.Answers); err != nil {
+	result, err := o.judge(files, challenges, policy)
+	if err != nil {
 		return err
 	}
 	if err := show(c, result, o.asJSON); err != nil {
@@ -397,38 +385,61 @@ func readChallenges(paths []string) (list []*attest.Challenge, err error) {
 	return list, nil
 }
 
+// judge makes the verdict on each file. One that cannot be judged, or whose box's record
+// cannot be read, has failed, and keeps nobody from judging the others.
+func (o *attestOptions) judge(files []string, challenges []*attest.Challenge, policy *attest.Policy) (*attestation, error) {
+	result := &attestation{Type: "attestation", Answers: make([]judged, len(files))}
+	var records attest.Records
+	if o.records != "" {
+		records.Dir = os.DirFS(o.records)
+	}
+	var items []attest.Item
+	var at []int // the place of each item among the answers
+	for i, file := range files {
+		item, err := o.item(file, challenges, &records)
+		result.Answers[i] = judged{File: file, Recorded: item.Known != nil}
+		if err != nil {
+			result.Answers[i].Verdict = notJudged(err.Error(), "Nothing was verified. A damaged answer is fetched again; a damaged record comes from a copy, or is removed for a new first contact.")
+			continue
+		}
+		items, at = append(items, item), append(at, i)
+	}
+	verdicts := attest.VerifyAll(items, policy)
+	for i, v := range verdicts {
+		result.Answers[at[i]].Verdict = v
+		if err := o.keep(items[i], &records, &result.Answers[at[i]]); err != nil {
+			return nil, err
+		}
+	}
+	return result, nil
+}
+
+func notJudged(text, meaning string) attest.Verdict {
+	return attest.Verdict{Result: attest.Fail, Checks: []attest.Check{{Name: attest.CheckAnswer, Result: attest.Fail, Text: text, Meaning: meaning}}}
+}
+
 // item is an answer with the challenge it is to, or else the first one, and what is
-// recorded of the box. An answer that cannot be read is one too.
-func (o *attestOptions) item(file string, challenges []*attest.Challenge) (item attest.Item, known bool, err error) {
+// recorded of the box. The error belongs to this answer.
+func (o *attestOptions) item(file string, challenges []*attest.Challenge, records *attest.Records) (item attest.Item, err error) {
 	item.Challenge = challenges[0]
 	if item.Answer, err = readSmall(file, attest.MaxAnswerBytes); err != nil {
-		return item, false, err
+		return item, err
 	}
 	a, err := attest.ParseAnswer(item.Answer)
 	if err != nil {
 		if a, err = tpmtools.Parse(item.Answer); err != nil {
-			return item, false, nil // the verdict says what ParseAnswer does
+			return item, nil // the verdict says what ParseAnswer does
 		}
 		item.Answer = a.Marshal()
 	}
 	if i := slices.IndexFunc(challenges, a.Answers); i >= 0 {
 		item.Challenge = challenges[i]
 	}
-	if o.records == "" {
-		return item, false, nil
-	}
-	path := filepath.Join(o.records, a.RecordName())
-	b, err := readSmall(path, 1<<20)
-	if errors.Is(err, fs.ErrNotExist) {
-		return item, false, nil
-	}
+	item.Known, _, err = records.Find(a)
 	if err != nil {
-		return item, false, err
+		return item, fmt.Errorf("%s: %w", o.records, err)
 	}
-	if item.Known, err = attest.ParseRecord(b); err != nil {
-		return item, false, fmt.Errorf("%s: %w", path, err)
-	}
-	return item, true, nil
+	return item, nil
 }
 
 func attestExport(_ context.Context, c *cli, args []string) error {
@@ -501,37 +512,44 @@ example: holdfast attest corim --repo repo -o ledger.corim`)
 	return err
 }
 
-// keep writes what was asked for: records of good boxes, and the answers' files.
-func (o *attestOptions) keep(items []attest.Item, answers []judged) error {
-	for i := range items {
-		a, err := attest.ParseAnswer(items[i].Answer)
+// keep writes what was asked for: the record of a good box, and the answer's files.
+func (o *attestOptions) keep(item attest.Item, records *attest.Records, answer *judged) error {
+	a, err := attest.ParseAnswer(item.Answer)
+	if err != nil {
+		return nil // the verdict says so
+	}
+	if o.record && answer.Verdict.Good() {
+		other, file, err := records.Find(a) // again: an answer before this one may have been of its TPM
 		if err != nil {
-			continue
-		}
-		if o.record && answers[i].Verdict.Good() {
-			record, err := attest.NewRecord(a, answers[i].Verdict, items[i].Known, time.Now())
-			if err != nil {
-				return err
-			}
-			if err := os.MkdirAll(o.records, 0o755); err != nil {
-				return err
-			}
-			if err := writeWhole(filepath.Join(o.records, a.RecordName()), record.Marshal(), 0o644); err != nil {
-				return err
-			}
-			answers[i].Recorded = true
-		}
-		if o.files == "" {
-			continue
-		}
-		dir := filepath.Join(o.files, strings.TrimSuffix(filepath.Base(answers[i].File), ".bin"))
-		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-		for _, file := range a.Attachments {
-			if err := writeWhole(filepath.Join(dir, file.Name), file.Data, 0o644); err != nil {
-				return err
-			}
+		if other != nil && file != a.RecordName() {
+			answer.Verdict = notJudged("it is of the same TPM as "+file+", which was recorded just now", "Hostile: one box passes for two. Innocent: its data was made anew between two answers.")
+			return nil
+		}
+		record, err := attest.NewRecord(a, answer.Verdict, item.Known, time.Now())
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(o.records, 0o755); err != nil {
+			return err
+		}
+		if err := writeWhole(filepath.Join(o.records, a.RecordName()), record.Marshal(), 0o644); err != nil {
+			return err
+		}
+		answer.Recorded = true
+		records.Add(a.RecordName(), record)
+	}
+	if o.files == "" {
+		return nil
+	}
+	dir := filepath.Join(o.files, strings.TrimSuffix(filepath.Base(answer.File), ".bin"))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for _, file := range a.Attachments {
+		if err := writeWhole(filepath.Join(dir, file.Name), file.Data, 0o644); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -564,7 +582,11 @@ func (r *attestation) count(result attest.Result) (n int) {
 // print shows every check of a single answer, and of many what is not in order.
 func (r *attestation) print(s *sheet) {
 	for _, a := range r.Answers {
-		s.line(fmt.Sprintf("%s: %s: %s", a.File, a.Verdict.Device, strings.ToUpper(string(a.Verdict.Result))))
+		who := a.File
+		if a.Verdict.Device != "" { // the answer can be read
+			who += ": " + a.Verdict.Device
+		}
+		s.line(who + ": " + strings.ToUpper(string(a.Verdict.Result)))
 		for _, check := range a.Verdict.Checks {
 			if len(r.Answers) > 1 && check.Result == attest.Pass {
 				continue

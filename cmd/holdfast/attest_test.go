@@ -74,13 +74,16 @@ func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 	box.tpm.Extend(15, args[0])
 }
 
-// answer is the command answer NAME CHALLENGE FOLDER.
+// answer is the command answer NAME CHALLENGE FOLDER [BOX]: BOX is what it calls itself.
 func (b *boxes) answer(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, 3)
 	text, err := os.ReadFile(ts.MkAbs(args[1]))
 	ts.Check(err)
 	box := b.all[ts.MkAbs(args[0])]
 	in := box.input
+	if len(args) > 3 {
+		in.Statement.Box = args[3]
+	}
 	in.Challenge, err = attest.ParseChallenge(text)
 	ts.Check(err)
 	a, err := attest.Attest(box.tpm, in)

@@ -12,9 +12,10 @@
 //
 // The folder has challenges/ (each is good for one answer), records/ (one file for each
 // box, see attest.Record), and alarms/: the verdict and the answer of each box that was
-// good before and is not any more, and of each that says it is one. With -enrol, boxes
-// that nobody knows are recorded at first contact; run it so in the factory, or while
-// boxes are handed out.
+// good before and is not any more, and of each that says it is one. A box is known by
+// its TPM, so that calling itself another does not help it. With -enrol, boxes that
+// nobody knows are recorded at first contact; run it so in the factory, or while boxes
+// are handed out. A box that says nothing raises no alarm: look at how old its record is.
 //
 // The connection needs no secrecy, and the boxes no password: what counts is signed by
 // their TPMs. Put a proxy with TLS and a limit of requests in front of it all the same.
@@ -28,6 +29,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+
 	"log/slog"
 	"net/http"
 	"os"
@@ -207,7 +209,8 @@ func (v *verifier) answer(w http.ResponseWriter, r *http.Request) {
 		v.broken(w, err)
 		return
 	}
-	known, err := v.known(a)
+	records := attest.Records{Dir: os.DirFS(filepath.Join(v.dir, "records"))}
+	known, file, err := records.Find(a)
 	if err != nil {
 		v.broken(w, err)
 		return
@@ -218,7 +221,7 @@ func (v *verifier) answer(w http.ResponseWriter, r *http.Request) {
 		p.Accept = attest.FirstContact()
 	}
 	verdict := attest.Verify(a, c, &p)
-	if err := v.keep(a, b, verdict, known); err != nil {
+	if err := v.keep(a, b, verdict, known, file); err != nil {
 		v.broken(w, err)
 		return
 	}
@@ -267,21 +270,10 @@ func (v *verifier) claim(a *attest.Answer) (*attest.Challenge, error) {
 	return nil, nil
 }
 
-// known is the record of the box that the answer says it is of.
-func (v *verifier) known(a *attest.Answer) (*attest.Record, error) {
-	b, err := os.ReadFile(filepath.Join(v.dir, "records", a.RecordName()))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	return attest.ParseRecord(b)
-}
-
 // keep records a good box. A known one that is not good is an alarm: somebody should
-// look, and the answer says at what.
-func (v *verifier) keep(a *attest.Answer, answer []byte, verdict attest.Verdict, known *attest.Record) error {
+// look, and the answer says at what. It has the name of the record, not the one that the
+// box claims.
+func (v *verifier) keep(a *attest.Answer, answer []byte, verdict attest.Verdict, known *attest.Record, file string) error {
 	if verdict.Good() {
 		record, err := attest.NewRecord(a, verdict, known, v.now())
 		if err != nil {
@@ -302,9 +294,9 @@ func (v *verifier) keep(a *attest.Answer, answer []byte, verdict attest.Verdict,
 	}
 	for _, c := range verdict.Checks {
 		if c.Result == attest.Fail {
-			v.log.Error("ALARM: a box has changed", "box", verdict.Device, "check", c.Name, "found", c.Text, "differs", c.Event)
+			v.log.Error("ALARM: a box has changed", "record", file, "box", verdict.Device, "check", c.Name, "found", c.Text, "differs", c.Event)
 		}
 	}
-	name := strings.TrimSuffix(strings.TrimPrefix(a.RecordName(), attest.RecordPrefix), ".json")
+	name := strings.TrimSuffix(strings.TrimPrefix(file, attest.RecordPrefix), ".json")
 	return errors.Join(v.write("alarms", name+".json", append(text, '\n')), v.write("alarms", name+".bin", answer))
 }

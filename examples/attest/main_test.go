@@ -143,6 +143,37 @@ func TestFleet(t *testing.T) {
 	}
 }
 
+// TestRenamed: a box that has changed is known by its TPM and raises the alarm, whatever
+// it calls itself, and does not become a second one.
+func TestRenamed(t *testing.T) {
+	for _, box := range []string{"", "0b7d9f0e-0000-4000-8000-000000000002", "none"} {
+		f := newFleet(t)
+		if code, b := f.post("/answer", f.ask(f.ask(nil))); code != http.StatusOK {
+			t.Fatalf("first contact: %d %s", code, b)
+		}
+		f.input.Statement.Box = box
+		first := f.ask(nil)
+		for _, answer := range [][]byte{first, f.ask(first)} {
+			if code, b := f.post("/answer", answer); code != http.StatusForbidden || f.files("records") != 1 || f.files("alarms") != 2 {
+				t.Errorf("named %q: %d %s; %d records, %d files of alarms", box, code, b, f.files("records"), f.files("alarms"))
+			}
+		}
+		f.v.enrol = false
+		f.tpm.Extend(12, "init=/bin/sh")
+		if err := os.RemoveAll(filepath.Join(f.v.dir, "alarms")); err != nil {
+			t.Fatal(err)
+		}
+		_, b := f.post("/answer", f.ask(nil))
+		var v attest.Verdict
+		if err := json.Unmarshal(b, &v); err != nil {
+			t.Fatal(err)
+		}
+		if v.Of(attest.CheckIdentity).Result != attest.Fail || v.Of(attest.CheckExtras).Result != attest.Fail || f.files("alarms") != 2 {
+			t.Errorf("named %q, changed: %s; %d files of alarms", box, b, f.files("alarms"))
+		}
+	}
+}
+
 // TestStranger: nobody is recorded unless boxes are being enrolled, and what is no
 // answer is refused.
 func TestStranger(t *testing.T) {

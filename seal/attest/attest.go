@@ -8,7 +8,7 @@
 // [Answer]: quote, keys, certificates, the event log, and files of the agent's. The
 // vendor calls [Verify] (or [VerifyAll], for a fleet) with the answer, the same
 // challenge and a [Policy]: the TPM manufacturers' [Roots], the [Reference] values of
-// his releases, his Secure Boot [Keys], and the [Record] he has of the box. The result
+// his releases, his Secure Boot [Keys], and the [Record] he has of the box ([Records.Find]). The result
 // is a [Verdict] of named checks, each pass, fail or unknown, with the event that
 // differs and what it means.
 //

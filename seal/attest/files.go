@@ -25,8 +25,8 @@ func (a *Answer) FileName(c *Challenge) string {
 }
 
 // RecordName is where a vendor keeps the [Record] of the box that gave the answer:
-// "holdfast-record-BOX.json". The name is as the box claims it; that the record is of
-// this box, [Verify] finds out.
+// "holdfast-record-BOX.json". The name is as the box claims it: [Records.Find] finds the
+// record of a box that claims another one.
 func (a *Answer) RecordName() string {
 	return RecordPrefix + a.name() + ".json"
 }
