@@ -178,12 +178,13 @@ func writeJSON(w http.ResponseWriter, v any) {
 // Client talks to the running agent.
 type Client struct{ http http.Client }
 
-// NewClient returns a client for the agent of this system.
+// NewClient returns a client for the agent of this system. It waits as long as its
+// caller's context: a slow TPM takes a minute for a command, and an update longer.
 func NewClient() *Client {
 	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", SocketPath)
 	}
-	return &Client{http.Client{Transport: &http.Transport{DialContext: dial}, Timeout: time.Minute}}
+	return &Client{http.Client{Transport: &http.Transport{DialContext: dial}}}
 }
 
 // Status asks the agent, or, after a hand-off to another init, reads what the
@@ -256,9 +257,8 @@ func (c *Client) update(ctx context.Context, action string, r UpdateRequest) (*U
 	if r.Reboot {
 		q.Set("reboot", "window")
 	}
-	patient := &Client{http.Client{Transport: c.http.Transport}}
 	s := &UpdateStatus{}
-	err := patient.call(ctx, http.MethodPost, "/v1/update/"+action+"?"+q.Encode(), s)
+	err := c.call(ctx, http.MethodPost, "/v1/update/"+action+"?"+q.Encode(), s)
 	var refused *apiError
 	if errors.As(err, &refused) && refused.status == http.StatusNotFound {
 		return nil, fmt.Errorf("%w%s", ErrNoUpdate, strings.TrimPrefix(refused.text, ErrNoUpdate.Error()))

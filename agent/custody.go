@@ -271,6 +271,12 @@ func (c *Custody) Escrow() (*escrow.Escrow, error) {
 	return e, err
 }
 
+// arrived says whether somebody is known to have the escrow that was handed over: one who
+// answers at the spec's URL. A stick may be lost on its way.
+func (c *Custody) arrived(h *handOver) bool {
+	return c.Config.URL != "" && h != nil && h.To == printable(c.Config.URL)
+}
+
 // HandedOut notes that an escrow has left the box.
 func (c *Custody) HandedOut(e *escrow.Escrow, to string) error {
 	c.mu.Lock()

@@ -652,7 +652,7 @@ func (e *examination) clock() {
 	switch {
 	case e.Now.Before(e.NotBefore):
 		e.add("clock", Warn, seen+", before "+e.NotBefore.UTC().Format(time.RFC3339), remedy)
-	case e.Now.After(e.NotBefore.Add(clockSpan)):
+	case !e.NotBefore.IsZero() && e.Now.After(e.NotBefore.Add(clockSpan)):
 		e.add("clock", Warn, seen+", long after "+e.NotBefore.UTC().Format(time.RFC3339), remedy)
 	case !e.RTC:
 		e.add("clock", Warn, seen, "give the box a time server")

@@ -85,7 +85,11 @@ func (c *Custody) undelivered() *escrow.Escrow {
 		}
 		return e
 	}
-	if e.Serial == a.Serial && a.Handed != nil || a.Next != nil && e.Serial == a.Next.Serial && a.Next.Handed != nil {
+	handed := a.Handed
+	if a.Next != nil && e.Serial == a.Next.Serial {
+		handed = a.Next.Handed
+	}
+	if c.arrived(handed) || c.Config.URL == "" && handed != nil {
 		return nil
 	}
 	return e

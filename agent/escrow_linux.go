@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -134,6 +135,9 @@ func (s *system) serveRecovery(mux *http.ServeMux) {
 		if err != nil {
 			return nil, err
 		}
+		if sum := e.Digest(); r.URL.Query().Get("sha256") != hex.EncodeToString(sum[:]) {
+			return nil, errors.New("that is not the escrow to hand out any more: another recovery key was made; take the escrow again")
+		}
 		return status(c, c.HandedOut(e, r.URL.Query().Get("to")))
 	})
 	handle("POST /v1/recovery/receipt", func(c *Custody, r *http.Request) (any, error) {
@@ -176,7 +180,7 @@ func newReplacement(r *Replaced, config image.Recovery) *Replacement {
 
 // Show prints the key for the person who asked.
 func (r *Replacement) Show(w io.Writer) error {
-	key, err := luks2.ParseRecoveryKey(r.Key)
+	key, err := luks2.ParseRecoveryKey([]byte(r.Key))
 	if err != nil {
 		return err
 	}
@@ -187,8 +191,8 @@ func (r *Replacement) Show(w io.Writer) error {
 }
 
 // Matches is an error unless that is the key.
-func (r *Replacement) Matches(typed string) error {
-	key, err := luks2.ParseRecoveryKey(r.Key)
+func (r *Replacement) Matches(typed []byte) error {
+	key, err := luks2.ParseRecoveryKey([]byte(r.Key))
 	if err != nil {
 		return err
 	}
@@ -200,7 +204,6 @@ func (r *Replacement) Matches(typed string) error {
 // another init, does in this process what the agent would.
 func RecoveryClient(ctx context.Context, log *slog.Logger) (*Client, error) {
 	c := NewClient()
-	c.http.Timeout = 0 // deriving keys takes its time
 	if _, err := c.RecoveryStatus(ctx); !errors.Is(err, fs.ErrNotExist) {
 		return c, nil
 	}
@@ -260,9 +263,10 @@ func (c *Client) Escrow(ctx context.Context) (*escrow.Escrow, error) {
 	return escrow.Parse(e.Marshal())
 }
 
-// HandedOut notes who was given the escrow.
-func (c *Client) HandedOut(ctx context.Context, to string) (*RecoveryStatus, error) {
-	return c.recovery(ctx, "handed-out", url.Values{"to": {to}})
+// HandedOut notes who was given the escrow that [Client.Escrow] returned.
+func (c *Client) HandedOut(ctx context.Context, e *escrow.Escrow, to string) (*RecoveryStatus, error) {
+	sum := e.Digest()
+	return c.recovery(ctx, "handed-out", url.Values{"to": {to}, "sha256": {hex.EncodeToString(sum[:])}})
 }
 
 // TakeReceipt brings a receipt.

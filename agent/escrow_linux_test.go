@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/seal/escrow"
 )
 
 // TestRecoveryAPI goes the way of the command, without a socket.
@@ -32,7 +33,10 @@ func TestRecoveryAPI(t *testing.T) {
 	if err != nil || k.recover(t, e.Marshal()) != s.recoveryKey() {
 		t.Fatalf("escrow: %v", err)
 	}
-	if st := must(c.HandedOut(ctx, "file /data/e.json")); st.Escrow != EscrowHandedOut || st.HandedTo != "file /data/e.json" {
+	if _, err := c.HandedOut(ctx, &escrow.Escrow{}, "file"); err == nil || !strings.Contains(err.Error(), "take the escrow again") {
+		t.Errorf("another escrow than the one to hand out: %v", err)
+	}
+	if st := must(c.HandedOut(ctx, e, "file /data/e.json")); st.Escrow != EscrowHandedOut || st.HandedTo != "file /data/e.json" {
 		t.Errorf("%+v", st)
 	}
 	if st := must(c.TakeReceipt(ctx, k.receipt(t, e))); st.Escrow != EscrowReceipted {
@@ -50,10 +54,10 @@ func TestRecoveryAPI(t *testing.T) {
 		if err := r.Show(&shown); err != nil || !strings.Contains(shown.String(), r.Key) || !strings.Contains(shown.String(), "█") {
 			t.Errorf("%v, %q", err, shown.String())
 		}
-		if err := r.Matches(strings.ToUpper(r.Key)); err != nil {
+		if err := r.Matches([]byte(strings.ToUpper(r.Key))); err != nil {
 			t.Error(err)
 		}
-		if err := r.Matches(s.recoveryKey()); err == nil || !strings.Contains(err.Error(), "is another") {
+		if err := r.Matches([]byte(s.recoveryKey())); err == nil || !strings.Contains(err.Error(), "is another") {
 			t.Errorf("the old key: %v", err)
 		}
 		if end == "abandon" {

@@ -185,7 +185,7 @@ func TestEscrowAtProvisioning(t *testing.T) {
 // wantNoSecret looks for the key in the log and in the files of the account.
 func (s *session) wantNoSecret(key string) {
 	s.t.Helper()
-	k, err := luks2.ParseRecoveryKey(key)
+	k, err := luks2.ParseRecoveryKey([]byte(key))
 	if err != nil {
 		s.t.Fatal(err)
 	}

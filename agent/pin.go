@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -44,9 +43,7 @@ func (m *Machine) askPIN(tpm seal.TPM, tokens []seal.Token, now map[int]pcr.Dige
 		if err != nil {
 			return nil, -1, fmt.Errorf("read the PIN: %w", err)
 		}
-		switch strings.ToLower(line) {
-		case "":
-			continue
+		switch promptWord(line, "recovery", "reboot", "poweroff") {
 		case "recovery":
 			return nil, -1, errRecoveryWanted
 		case "reboot":
@@ -54,13 +51,16 @@ func (m *Machine) askPIN(tpm seal.TPM, tokens []seal.Token, now map[int]pcr.Dige
 		case "poweroff":
 			return nil, -1, ErrPowerOff
 		}
+		if len(line) == 0 {
+			continue
+		}
 		if err := checkPIN(line); err != nil { // the TPM need not count this
+			luks2.Wipe(line)
 			fmt.Fprintf(m.Console, "\r\nnot opened: %v\r\n", err)
 			continue
 		}
-		pin := []byte(line)
-		secret, i, err := seal.UnsealWith(tpm, tokens, now, signatures, pin)
-		luks2.Wipe(pin)
+		secret, i, err := seal.UnsealWith(tpm, tokens, now, signatures, line)
+		luks2.Wipe(line)
 		if !errors.Is(err, seal.ErrWrongPIN) {
 			return secret, i, err
 		}
@@ -78,35 +78,40 @@ func (m *Machine) choosePIN() ([]byte, error) {
 			return nil, fmt.Errorf("read the new PIN: %w", err)
 		}
 		if err := checkPIN(pin); err != nil {
+			luks2.Wipe(pin)
 			fmt.Fprintf(m.Console, "\r\n%v\r\n", err)
 			continue
 		}
 		again, err := m.askHidden("the same once more: ")
 		if err != nil {
+			luks2.Wipe(pin)
 			return nil, fmt.Errorf("read the new PIN: %w", err)
 		}
-		if !bytes.Equal([]byte(pin), []byte(again)) {
+		same := bytes.Equal(pin, again)
+		luks2.Wipe(again)
+		if !same {
+			luks2.Wipe(pin)
 			fmt.Fprint(m.Console, "\r\nthe two differ\r\n")
 			continue
 		}
-		return []byte(pin), nil
+		return pin, nil
 	}
 }
 
 // checkPIN refuses what could not be typed at boot: the words that the prompt takes, and
 // what is as long as a recovery key, which belongs to the other prompt (F58).
-func checkPIN(pin string) error {
+func checkPIN(pin []byte) error {
 	switch {
-	case utf8.RuneCountInString(pin) < minPINChars || len(pin) > maxPINBytes || !utf8.ValidString(pin):
+	case utf8.RuneCount(pin) < minPINChars || len(pin) > maxPINBytes || !utf8.Valid(pin):
 		return fmt.Errorf("a PIN has at least %d characters and at most %d bytes", minPINChars, maxPINBytes)
-	case strings.EqualFold(pin, "recovery") || strings.EqualFold(pin, "reboot") || strings.EqualFold(pin, "poweroff"):
+	case promptWord(pin, "recovery", "reboot", "poweroff") != "":
 		return fmt.Errorf("%q is what the prompt for the PIN takes for a command", pin)
 	}
 	return nil
 }
 
 // askHidden reads a line without showing it, where the console can do that.
-func (m *Machine) askHidden(prompt string) (string, error) {
+func (m *Machine) askHidden(prompt string) ([]byte, error) {
 	in := m.keyboard()
 	fmt.Fprint(m.Console, "\r\n"+prompt)
 	if m.Echo != nil {
@@ -155,7 +160,7 @@ func (k *Keeper) SetPIN(pin []byte) (SyncReport, error) {
 		return SyncReport{}, ErrPINWanted
 	}
 	if len(pin) > 0 {
-		if err := checkPIN(string(pin)); err != nil {
+		if err := checkPIN(pin); err != nil {
 			return SyncReport{}, err
 		}
 	}

@@ -12,6 +12,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
 // echoOf turns the echo of a terminal on and off; where there is no terminal, there
@@ -46,16 +48,17 @@ func ReadPIN(in *os.File, out io.Writer) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the new PIN: %w", err)
 	}
-	return []byte(line), checkPIN(line)
+	return line, checkPIN(line)
 }
 
 // answerPIN sets the PIN that is in the body, or takes it away.
 func (s *system) answerPIN(w http.ResponseWriter, r *http.Request) {
 	var pin []byte
+	defer func() { luks2.Wipe(pin) }()
 	if r.Method == http.MethodPost {
 		var err error
 		if pin, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxPINBytes)); err == nil {
-			err = checkPIN(string(pin))
+			err = checkPIN(pin)
 		}
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadRequest)

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -34,15 +35,17 @@ func (m *Machine) recover(vols []*volume, cause error) error {
 		if err != nil {
 			return fmt.Errorf("read the recovery key: %w", err)
 		}
-		switch strings.ToLower(line) {
-		case "":
-			continue
+		switch promptWord(line, "reboot", "poweroff") {
 		case "reboot":
 			return ErrReboot
 		case "poweroff":
 			return ErrPowerOff
 		}
+		if len(line) == 0 {
+			continue
+		}
 		err = m.tryRecovery(vols, line)
+		luks2.Wipe(line)
 		if err == nil {
 			m.opened = nil // by the TPM, no state did
 			m.Log.Info("opened with the recovery key")
@@ -64,7 +67,7 @@ func (m *Machine) keyboard() *bufio.Reader {
 
 // tryRecovery opens the volumes with what a person typed. That they open shows only
 // that the key is theirs, and not that they are this box's (F80).
-func (m *Machine) tryRecovery(vols []*volume, typed string) error {
+func (m *Machine) tryRecovery(vols []*volume, typed []byte) error {
 	key, err := luks2.ParseRecoveryKey(typed)
 	if err != nil {
 		return err
@@ -124,18 +127,31 @@ func (m *Machine) explanation(cause error) string {
 	return b.String()
 }
 
-// readLine reads one line of at most the reader's buffer, without blanks
-// around it.
-func readLine(in *bufio.Reader) (string, error) {
+// readLine reads one line of at most the reader's buffer, without blanks around it, and
+// leaves nothing of it in that buffer: it may be a secret.
+func readLine(in *bufio.Reader) ([]byte, error) {
 	line, err := in.ReadSlice('\n')
 	if errors.Is(err, bufio.ErrBufferFull) {
 		for errors.Is(err, bufio.ErrBufferFull) {
-			_, err = in.ReadSlice('\n')
+			luks2.Wipe(line)
+			line, err = in.ReadSlice('\n')
 		}
-		return "", err
+		luks2.Wipe(line)
+		return nil, err
 	}
+	defer luks2.Wipe(line)
 	if err != nil && (err != io.EOF || len(line) == 0) {
-		return "", err
+		return nil, err
 	}
-	return strings.TrimSpace(string(line)), nil
+	return bytes.Clone(bytes.TrimSpace(line)), nil
+}
+
+// promptWord is the one of the words that was typed, or "".
+func promptWord(line []byte, words ...string) string {
+	for _, w := range words {
+		if bytes.EqualFold(line, []byte(w)) {
+			return w
+		}
+	}
+	return ""
 }

@@ -82,9 +82,7 @@ func (m *Machine) confirmKey(key *luks2.RecoveryKey, mode string) error {
 		if err != nil {
 			return fmt.Errorf("read the recovery key: %w", err)
 		}
-		switch strings.ToLower(line) {
-		case "":
-			continue
+		switch promptWord(line, "show", "reboot", "poweroff") {
 		case "show":
 			showRecoveryKey(m.Console, key, mode, "RECOVERY KEY of this box. Write it down", "")
 			continue
@@ -93,7 +91,12 @@ func (m *Machine) confirmKey(key *luks2.RecoveryKey, mode string) error {
 		case "poweroff":
 			return ErrPowerOff
 		}
-		if err := sameKey(key, line); err != nil {
+		if len(line) == 0 {
+			continue
+		}
+		err = sameKey(key, line)
+		luks2.Wipe(line)
+		if err != nil {
 			fmt.Fprintf(m.Console, "\r\nnot the same: %v\r\n", err)
 			continue
 		}
@@ -104,7 +107,7 @@ func (m *Machine) confirmKey(key *luks2.RecoveryKey, mode string) error {
 
 // sameKey compares what was typed with the key. It names the first group that differs
 // to the person who has the key on the screen.
-func sameKey(key *luks2.RecoveryKey, typed string) error {
+func sameKey(key *luks2.RecoveryKey, typed []byte) error {
 	other, err := luks2.ParseRecoveryKey(typed)
 	if err != nil {
 		return err

@@ -307,7 +307,7 @@ func (c *Custody) succeedWhenArrived(a account) error {
 		return nil
 	}
 	if c.Config.ReceiptKeyPEM == "" {
-		if a.Next.Handed == nil {
+		if !c.arrived(a.Next.Handed) {
 			return nil
 		}
 		return c.succeed(a)

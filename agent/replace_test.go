@@ -163,7 +163,7 @@ func TestReplaceByEscrow(t *testing.T) {
 			b, k := newBox(t, 1), newKeepers(t, 1, 1)
 			k.config.Console = image.ConsoleNone
 			if !receipts {
-				k.config.ReceiptKeyPEM = ""
+				k.config.ReceiptKeyPEM, k.config.URL = "", "https://escrow.example/boxes"
 			}
 			s, c := b.mustProvision(k.config)
 			first, err := c.Escrow()
@@ -194,7 +194,15 @@ func TestReplaceByEscrow(t *testing.T) {
 				t.Fatal(err)
 			}
 			b.wantSerials(1, 2)
-			if err := c.HandedOut(second, "web"); err != nil {
+			// Nor does what a stick takes away, which may never get anywhere.
+			if err := c.HandedOut(second, "medium /dev/sda1"); err != nil {
+				t.Fatal(err)
+			}
+			b.wantSerials(1, 2)
+			if c.undelivered() == nil {
+				t.Error("on a stick it has arrived")
+			}
+			if err := c.HandedOut(second, "https://escrow.example/boxes"); err != nil {
 				t.Fatal(err)
 			}
 			if receipts {

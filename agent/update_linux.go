@@ -348,6 +348,7 @@ func (s *system) lookAt(ctx context.Context, device string, still func() bool, r
 		s.log.Warn("medium", "device", device, "error", err)
 	}
 	if version != "" {
-		s.updater.rebootInWindow(ctx, func() { restart(version) })
+		// There are other media, with a challenge or a receipt, until the window opens.
+		go s.updater.rebootInWindow(ctx, func() { restart(version) })
 	}
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/seal/escrow"
+	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
 // recovery is the verb recovery.
@@ -72,7 +74,7 @@ func writeEscrow(ctx context.Context, c *agent.Client, path string) (*agent.Reco
 	if err := os.WriteFile(path, e.Marshal(), 0o644); err != nil {
 		return nil, err
 	}
-	return c.HandedOut(ctx, "file "+path)
+	return c.HandedOut(ctx, e, "file "+path)
 }
 
 func bringReceipt(ctx context.Context, c *agent.Client, path string) (*agent.RecoveryStatus, error) {
@@ -116,19 +118,22 @@ func typeBack(r *agent.Replacement) error {
 	in := bufio.NewReaderSize(os.Stdin, 4096)
 	for {
 		fmt.Fprint(os.Stderr, "type the recovery key back (or: cancel): ")
-		line, err := in.ReadString('\n')
-		switch line = strings.TrimSpace(line); {
-		case line == "cancel":
-			return errors.New("cancelled")
-		case err != nil:
+		typed, err := in.ReadSlice('\n')
+		if err != nil {
 			return fmt.Errorf("not confirmed: %w", err)
-		case line == "":
+		}
+		line := bytes.TrimSpace(typed)
+		if len(line) == 0 {
 			continue
 		}
-		if err := r.Matches(line); err == nil {
-			return nil
-		} else {
-			fmt.Fprintln(os.Stderr, "not the same:", err)
+		if string(line) == "cancel" {
+			return errors.New("cancelled")
 		}
+		err = r.Matches(line)
+		luks2.Wipe(typed)
+		if err == nil {
+			return nil
+		}
+		fmt.Fprintln(os.Stderr, "not the same:", err)
 	}
 }

@@ -94,6 +94,10 @@ func (r *report) validateRecovery(s *Spec) {
 	if len(v.Holders) > 16 {
 		r.errorf("recovery.holders", "", "%d are more than the 16 an escrow can have", len(v.Holders))
 	}
+	if v.Console == image.ConsoleNone && len(v.Holders) > 0 && v.ReceiptKey == "" && v.URL == "" {
+		r.errorf("recovery.console", "write receipt_key: receipt.pub, as holdfast escrow newkey makes it, or url, or console: text",
+			"a key that nobody is shown is in force when its escrow has arrived, and without receipts or a server the box never learns that")
+	}
 	if v.Console == image.ConsoleNone && v.Confirm {
 		r.errorf("recovery.confirm", "", "a key that is not shown cannot be typed back")
 	}

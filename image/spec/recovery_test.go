@@ -81,6 +81,7 @@ func TestRecoveryMistakes(t *testing.T) {
 		"{" + holders + ", threshold: 2}":                        "2 holders are needed and there are 1",
 		"{" + holders + ", console: none, confirm: true}":        "cannot be typed back",
 		"{" + holders + ", require_receipt: true}":               "no receipt can be checked",
+		"{" + holders + ", console: none}":                       "never learns that",
 		"{console: none}":                                        "nobody would have the recovery key",
 		"{threshold: 1}":                                         "without holders there is none",
 		"{url: \"https://x/\"}":                                  "without holders there is none",

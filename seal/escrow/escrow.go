@@ -274,7 +274,7 @@ func (e *Escrow) openShare(i int, identities []age.Identity) (*Share, error) {
 		return nil, errors.Join(err, fmt.Errorf("it has %d bytes or more", maxOpenBytes))
 	}
 	if e.Threshold == 1 {
-		key, err := luks2.ParseRecoveryKey(string(plain[:n]))
+		key, err := luks2.ParseRecoveryKey(plain[:n])
 		if err != nil {
 			return nil, err
 		}

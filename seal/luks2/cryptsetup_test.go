@@ -322,7 +322,7 @@ func TestReleasedVolume(t *testing.T) {
 		t.Errorf("label %q, subsystem %q, uuid %s", h.Label(), h.Subsystem(), h.UUID())
 	}
 	wantOpens(t, h, dev, "two", 0)
-	k, err := ParseRecoveryKey(strings.ToUpper(strings.ReplaceAll(systemdKey, "-", " ")))
+	k, err := ParseRecoveryKey([]byte(strings.ToUpper(strings.ReplaceAll(systemdKey, "-", " "))))
 	if err != nil {
 		t.Fatal(err)
 	}

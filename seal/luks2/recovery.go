@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf8"
 )
 
 // modhex is the alphabet whose letters lie on the same keys of most keyboard
@@ -67,10 +68,12 @@ func (k *RecoveryKey) Wipe() { Wipe(k.secret[:]) }
 // dashes do not matter. The error names the first wrong letter by its group and
 // its place there, both counted from 1, or says how many letters there are; it
 // holds no other letter of the key.
-func ParseRecoveryKey(typed string) (*RecoveryKey, error) {
+func ParseRecoveryKey(typed []byte) (*RecoveryKey, error) {
 	var k RecoveryKey
 	n := 0
-	for _, r := range typed {
+	for rest := typed; len(rest) > 0; {
+		r, size := utf8.DecodeRune(rest)
+		rest = rest[size:]
 		if r == '-' || unicode.IsSpace(r) || unicode.Is(unicode.Pd, r) {
 			continue
 		}

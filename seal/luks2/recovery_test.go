@@ -25,7 +25,7 @@ func TestRecoveryKey(t *testing.T) {
 		"long dashes": strings.ReplaceAll(want, "-", " – "),
 		"two lines":   want[:35] + "\n" + want[35:],
 	} {
-		got, err := ParseRecoveryKey(typed)
+		got, err := ParseRecoveryKey([]byte(typed))
 		if err != nil || *got != *k {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -41,7 +41,7 @@ func TestRecoveryKey(t *testing.T) {
 		"empty":      {"", "0 letters"},
 		"zero bytes": {"\x00", `group 1, letter 1`},
 	} {
-		_, err := ParseRecoveryKey(tt.typed)
+		_, err := ParseRecoveryKey([]byte(tt.typed))
 		if (err == nil) != (tt.want == "") || (err != nil && !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: %v, want %q", name, err, tt.want)
 		}
@@ -66,11 +66,11 @@ func TestRecoveryKey(t *testing.T) {
 func FuzzRecoveryKey(f *testing.F) {
 	f.Add("cccbdefg-hijklnrt-uvvvbcbc-bcbcbcbc-bcbcbcbc-bcbcbcbc-bcbcbcbc-bcbcbcbc")
 	f.Fuzz(func(t *testing.T, typed string) {
-		k, err := ParseRecoveryKey(typed)
+		k, err := ParseRecoveryKey([]byte(typed))
 		if err != nil {
 			return
 		}
-		again, err := ParseRecoveryKey(k.String())
+		again, err := ParseRecoveryKey([]byte(k.String()))
 		if err != nil || *again != *k {
 			t.Fatalf("%q: %v", typed, err)
 		}
@@ -83,7 +83,7 @@ func ExampleRecoveryKey() {
 		fmt.Println(err)
 		return
 	}
-	typed, err := ParseRecoveryKey(strings.ToUpper(k.String()))
+	typed, err := ParseRecoveryKey([]byte(strings.ToUpper(k.String())))
 	fmt.Println(err == nil && *typed == *k, len(k.String()))
 	fmt.Println(string(RecoveryToken(2)))
 	// Output:
