@@ -126,7 +126,7 @@ func (r *Release) check() error {
 	if r.Format != 1 {
 		return fmt.Errorf("format %d; this version knows format 1", r.Format)
 	}
-	if err := r.Target("any", 100).check(); err != nil {
+	if err := r.Target("any", 100).Check(); err != nil {
 		return err
 	}
 	if len(r.Blobs) == 0 || len(r.Blobs) > maxBlobs {
@@ -168,7 +168,8 @@ func (b Blob) check() error {
 	return nil
 }
 
-func (t Target) check() error {
+// Check says what is wrong with an entry; nothing is when a device would look at it.
+func (t Target) Check() error {
 	switch {
 	case t.Format != 1:
 		return fmt.Errorf("format %d; this version knows format 1", t.Format)
@@ -198,7 +199,7 @@ func parseTarget(name string, custom []byte) (Target, error) {
 	if err := json.Unmarshal(custom, &t); err != nil {
 		return t, fmt.Errorf("custom field of target %.100q: %w", name, err)
 	}
-	if err := t.check(); err != nil {
+	if err := t.Check(); err != nil {
 		return t, fmt.Errorf("custom field of target %.100q: %w", name, err)
 	}
 	if t.Name() != name {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/build"
+	"github.com/holdfast-os/holdfast/image/spec"
 	"github.com/holdfast-os/holdfast/update"
 	"github.com/holdfast-os/holdfast/update/repo"
 )
@@ -288,6 +289,12 @@ example: holdfast repo add repo out --rollout 10 --notes 'fixes the clock'`)
 	if *percent < 0 || *percent > 100 {
 		return usageError{fmt.Sprintf("--rollout %d is not between 0 and 100", *percent), "holdfast repo add -h"}
 	}
+	if o.MinFrom != "" && !update.ValidVersion(o.MinFrom) {
+		return usageError{fmt.Sprintf("--min-from %q is not a version", o.MinFrom), "numbers with dots, such as 1.0.0 or 1.0.0-rc1"}
+	}
+	if err := checkChannel("--channel ", o.Channel); err != nil {
+		return err
+	}
 	o.RolloutPercent = *percent
 	if *percent == 0 {
 		o.RolloutPercent = -1 // 0 is all there
@@ -317,6 +324,14 @@ example: holdfast repo add repo out --rollout 10 --notes 'fixes the clock'`)
 	s := &sheet{}
 	printAdded(s, rel.Target(o.Channel, *percent), rel)
 	return errors.Join(s.writeTo(c.out), err)
+}
+
+// checkChannel refuses a channel that no spec can name, and so no box be in.
+func checkChannel(option, name string) error {
+	if spec.ValidChannel(name) {
+		return nil
+	}
+	return usageError{fmt.Sprintf("%s%q is not the name of a channel", option, name), spec.ChannelHint + ", such as stable"}
 }
 
 func printAdded(s *sheet, t update.Target, rel *update.Release) {
@@ -393,6 +408,9 @@ func repoPromote(ctx context.Context, c *cli, args []string) error {
 	return c.edit(ctx, "repo promote", "DIR VERSION CHANNEL", `List a release in another channel, too, for all devices there. Its content is the same.
 
 example: holdfast repo promote repo 1.2.3 stable`, args, 3, func(r *repo.Repo, name string, rest []string) error {
+		if err := checkChannel("", rest[0]); err != nil {
+			return err
+		}
 		return r.Promote(name, rest[0], 100)
 	})
 }

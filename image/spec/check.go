@@ -123,6 +123,14 @@ func (r *report) relative(at, p string) {
 	}
 }
 
+const channelForm = `^[a-z0-9][a-z0-9-]{0,30}$`
+
+// ChannelHint says what [ValidChannel] accepts.
+const ChannelHint = "1 to 31 letters a-z, digits and hyphens"
+
+// ValidChannel says whether a spec can name that channel of updates.
+func ValidChannel(s string) bool { return regexp.MustCompile(channelForm).MatchString(s) }
+
 func (r *report) pattern(at, text, expression, what string) {
 	if text != "" && !regexp.MustCompile(expression).MatchString(text) {
 		r.errorf(at, "use "+what, "%q is not allowed here", text)
@@ -301,7 +309,7 @@ func (r *report) checkUpdate(u *Update) {
 			r.errorf("update.url", "it goes into every release for all to read", "a repository's URL has no user, query or fragment")
 		}
 	}
-	r.pattern("update.channel", u.Channel, `^[a-z0-9][a-z0-9-]{0,30}$`, "1 to 31 letters a-z, digits and hyphens")
+	r.pattern("update.channel", u.Channel, channelForm, ChannelHint)
 	r.pattern("update.hardware", u.Hardware, `^[!-)+-~]{1,64}$`, "1 to 64 characters without white space and *")
 	if u.Epoch < 0 {
 		r.errorf("update.epoch", "count from 0", "%d is negative", u.Epoch)

@@ -143,8 +143,12 @@ func setCustom(tf *metadata.TargetFiles, t update.Target) error {
 	return nil
 }
 
-// mayAdd refuses what would take a release's place under its name.
+// mayAdd refuses what no device would look at, a name that leads out of the repository
+// among it, and what would take a release's place under its name.
 func (r *Repo) mayAdd(t update.Target) error {
+	if err := t.Check(); err != nil {
+		return err
+	}
 	list, err := r.releases()
 	if err != nil {
 		return err

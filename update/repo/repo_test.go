@@ -544,6 +544,56 @@ func TestLifeOfARelease(t *testing.T) {
 	}
 }
 
+// TestNamesOutside publishes under names that no device asks for, or that lead out of
+// the repository. Nothing may be written.
+func TestNamesOutside(t *testing.T) {
+	r, dir, _ := create(t, Options{})
+	add(t, r, "1.0.0", AddOptions{})
+	before := listing(t, filepath.Dir(dir))
+	for name, o := range map[string]AddOptions{
+		"a channel that leads out": {Channel: "../../../../escaped"},
+		"a channel beside":         {Channel: "../x"},
+		"a channel of two words":   {Channel: "Bad Name"},
+		"no channel":               {},
+		"no version":               {Channel: "beta", MinFrom: "garbage"},
+		"a negative epoch":         {Channel: "beta", Epoch: -1},
+		"more than all":            {Channel: "beta", RolloutPercent: 101},
+	} {
+		if _, err := r.Add(context.Background(), release(t, "gate", "1.1.0", "amd64"), o, zstdPacker{}); err == nil {
+			t.Errorf("%s: added", name)
+		}
+	}
+	if _, err := r.Add(context.Background(), release(t, "../../gate", "1.1.0", "amd64"), AddOptions{Channel: "beta"}, zstdPacker{}); err == nil {
+		t.Error("a product that leads out was added")
+	}
+	for _, channel := range []string{"", "../../../../escaped", "Bad Name", "a/b"} {
+		if err := r.Promote("gate/stable/amd64/1.0.0.json", channel, 100); err == nil {
+			t.Errorf("promoted to channel %q", channel)
+		}
+	}
+	if after := listing(t, filepath.Dir(dir)); !slices.Equal(after, before) {
+		t.Errorf("it holds %q, and before %q", after, before)
+	}
+	if s, err := r.Status(); err != nil || len(s.Releases) != 1 || len(s.Pending) != 0 {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
+
+// listing names all files under a folder but the lock.
+func listing(t *testing.T, dir string) (list []string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Name() != lockName {
+			list = append(list, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return list
+}
+
 func TestStatus(t *testing.T) {
 	r, dir, keyDir := create(t, Options{Lifetime: map[string]time.Duration{Timestamp: 8 * day}})
 	add(t, r, "1.0.0", AddOptions{})
