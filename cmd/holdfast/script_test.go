@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"debug/elf"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -54,6 +57,7 @@ func TestMain(m *testing.M) {
 //	answer NAME CHALLENGE FOLDER
 //	                           the box answers a challenge
 //	kernel FILE                Debian's kernel package
+//	program FILE BYTES         a static program, with that much noise; it does nothing
 func TestScripts(t *testing.T) {
 	scripts, err := filepath.Glob("testdata/script/*.txtar")
 	if err != nil || len(scripts) == 0 {
@@ -72,7 +76,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS, "mkescrow": scriptEscrow,
-			"mkbox": b.boot, "answer": b.answer, "kernel": linkKernel, "age": scriptAge, "mkrepo": scriptRepo,
+			"mkbox": b.boot, "answer": b.answer, "kernel": linkKernel, "program": scriptProgram, "age": scriptAge, "mkrepo": scriptRepo,
 			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},
 	})
@@ -182,6 +186,19 @@ func linkKernel(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("no kernel package in HOLDFAST_INPUTS=%q: run make inputs, and the tests by make test", ts.Getenv("HOLDFAST_INPUTS"))
 	}
 	ts.Check(os.Symlink(deb, ts.MkAbs(args[0])))
+}
+
+func scriptProgram(ts *testscript.TestScript, neg bool, args []string) {
+	arguments(ts, neg, args, 2)
+	h := elf.Header64{Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1, Entry: 0x400078, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1, Shentsize: 64}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	b, err := binary.Append(nil, binary.LittleEndian, h)
+	ts.Check(err)
+	b, err = binary.Append(b, binary.LittleEndian, elf.Prog64{Type: uint32(elf.PT_LOAD), Vaddr: 0x400000, Filesz: 120, Memsz: 120})
+	ts.Check(err)
+	noise := make([]byte, number(ts, args[1]))
+	rand.NewChaCha8([32]byte{}).Read(noise)
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), append(b, noise...), 0o755))
 }
 
 func scriptRelease(ts *testscript.TestScript, neg bool, args []string) {

@@ -220,15 +220,7 @@ func copyBlob(blob uki.Blob) func(io.Writer) error {
 // authenticode is the digest the firmware extends into PCR 4 when it starts the
 // program. EFI programs are small enough for memory (a UKI has tens of megabytes).
 func authenticode(blob uki.Blob) (string, error) {
-	r, err := blob.Open()
-	if err != nil {
-		return "", err
-	}
-	defer r.Close()
-	if blob.Size() > maxProgramBytes {
-		return "", fmt.Errorf("EFI program of %d bytes; %d is the most", blob.Size(), maxProgramBytes)
-	}
-	data, err := io.ReadAll(io.LimitReader(r, maxProgramBytes))
+	data, err := readProgram(blob)
 	if err != nil {
 		return "", err
 	}
@@ -239,6 +231,3 @@ func authenticode(blob uki.Blob) (string, error) {
 	digest, err := f.Authenticode()
 	return hex.EncodeToString(digest[:]), err
 }
-
-// maxProgramBytes bounds what is read into memory; an ESP holds no more anyway.
-const maxProgramBytes = 1 << 29

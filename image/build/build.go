@@ -138,6 +138,9 @@ func (b *builder) release() error {
 		Format: 1, Name: s.Name, Version: s.Version, Architecture: s.Arch, BuildTimeSec: b.epochSec(),
 		Epoch: s.Update.Epoch,
 	}
+	if err := b.checkPrograms(); err != nil {
+		return err
+	}
 	t, err := b.readTrust()
 	if err != nil {
 		return err

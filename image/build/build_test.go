@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -103,7 +102,7 @@ func newWorkshop(t *testing.T, k *keys.Keys, cache *oci.Cache) *workshop {
 	}
 	return &workshop{dir, build.Inputs{
 		Dir: dir, Keys: k, Agent: file(t, agent), Stub: stub, Cache: cache, QCOW2: true,
-		Loader: file(t, filepath.Join(efiFolder, "systemd-bootx64.efi")), Runtime: tree.Bytes("a runc"),
+		Loader: file(t, filepath.Join(efiFolder, "systemd-bootx64.efi")), Runtime: aProgram(0),
 	}}
 }
 
@@ -332,9 +331,7 @@ func TestNothingIsLeftOfAFailedBuild(t *testing.T) {
 			w.in.Runtime = nil
 		}
 		if name == "ESP too small" {
-			large := make([]byte, 16<<20) // that no compression makes smaller
-			rand.NewChaCha8([32]byte{}).Read(large)
-			w.in.Agent = tree.Bytes(large)
+			w.in.Agent = aProgram(16 << 20)
 		}
 		before := sums(t, w.dir)
 		out := filepath.Join(w.dir, "out")

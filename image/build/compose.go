@@ -147,6 +147,9 @@ func (b *builder) addContainers(root *tree.Node, app *image.Appliance) error {
 	if b.in.Runtime == nil {
 		return b.at("init", fmt.Errorf("no container runtime at %s: give one with --runtime, or add an image that holds a static runc to init", runtimePath))
 	}
+	if err := b.checkRuntime(); err != nil {
+		return err
+	}
 	return b.put(root, runtimePath, 0o755, b.in.Runtime)
 }
 

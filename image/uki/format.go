@@ -14,6 +14,9 @@ const (
 	MachineARM64 = 0xaa64
 )
 
+// SubsystemApplication is that of an EFI application, PE Format §3.4.2.
+const SubsystemApplication = 10
+
 const (
 	dosHeaderBytes    = 64
 	offLFANew         = 0x3c // file offset of the PE signature, in the DOS header

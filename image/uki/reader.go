@@ -26,8 +26,9 @@ type Section struct {
 
 // File is a PE file, such as a UKI, a stub or a boot loader.
 type File struct {
-	Machine  uint16
-	Sections []Section // in the order of the section table
+	Machine   uint16
+	Subsystem uint16
+	Sections  []Section // in the order of the section table
 
 	headers
 	r io.ReaderAt
@@ -92,7 +93,7 @@ func parseHeaders(head []byte, sizeBytes int64) (*File, error) {
 	if err := h.decode(head); err != nil {
 		return nil, err
 	}
-	f := &File{Machine: h.coff.Machine, headers: h}
+	f := &File{Machine: h.coff.Machine, Subsystem: h.opt.Subsystem, headers: h}
 	if err := f.parseSections(); err != nil {
 		return nil, err
 	}
