@@ -534,7 +534,7 @@ func (o *attestOptions) keep(item attest.Item, records *attest.Records, answer *
 		if err := os.MkdirAll(o.records, 0o755); err != nil {
 			return err
 		}
-		if err := writeWhole(filepath.Join(o.records, a.RecordName()), record.Marshal(), 0o644); err != nil {
+		if err := update.WriteFile(filepath.Join(o.records, a.RecordName()), record.Marshal(), 0o644); err != nil {
 			return err
 		}
 		answer.Recorded = true
@@ -548,7 +548,7 @@ func (o *attestOptions) keep(item attest.Item, records *attest.Records, answer *
 		return err
 	}
 	for _, file := range a.Attachments {
-		if err := writeWhole(filepath.Join(dir, file.Name), file.Data, 0o644); err != nil {
+		if err := update.WriteFile(filepath.Join(dir, file.Name), file.Data, 0o644); err != nil {
 			return err
 		}
 	}

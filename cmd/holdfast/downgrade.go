@@ -59,7 +59,7 @@ example: holdfast keys downgrade keys --to out-1.0.0 --epoch 2 -o downgrade.json
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(*out, b, 0o644); err != nil {
+	if err := writeWhole(*out, b, 0o644); err != nil {
 		return err
 	}
 	fmt.Fprintf(c.out, "%s: the release with PCR 11 %s, of epoch %d, for boxes of epoch %d to %d\n", *out, hex.EncodeToString(value[:8])+"…", own, own+1, *epoch)

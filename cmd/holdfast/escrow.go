@@ -222,8 +222,12 @@ example: holdfast escrow newkey receipt`), args, 1)
 	return err
 }
 
-// writeWhole makes a small file appear only when it is whole.
+// writeWhole makes a small file appear only when it is whole, and never over another
+// one, which may be somebody's key.
 func writeWhole(path string, content []byte, perm os.FileMode) (err error) {
+	if err := mustBeFree(path); err != nil {
+		return err
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), ".holdfast-") // mode 0600
 	if err != nil {
 		return err
@@ -237,6 +241,13 @@ func writeWhole(path string, content []byte, perm os.FileMode) (err error) {
 	}
 	if err != nil {
 		return errors.Join(err, os.Remove(f.Name()))
+	}
+	return nil
+}
+
+func mustBeFree(path string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return hinted{fmt.Errorf("%s exists already", path), "remove it or choose another name"}
 	}
 	return nil
 }

@@ -180,7 +180,7 @@ example: holdfast keys dbx keys --revoke out-1.0.0/release --with dbx-1.auth -o 
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(*out, b, 0o644); err != nil {
+	if err := writeWhole(*out, b, 0o644); err != nil {
 		return err
 	}
 	fmt.Fprintf(c.out, "%s: %s\n", *out, strings.Join(a.Content.Describe(), "; "))
