@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/fat32"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 )
 
@@ -45,7 +46,7 @@ func (x examiner) gather(policy string) Facts {
 	f := Facts{Policy: policy, Now: x.now(), EFI: exists(x.path("/sys/firmware/efi")), RTC: exists(x.path("/sys/class/rtc/rtc0"))}
 	x.release(&f)
 	x.tpm(&f)
-	raw, err := os.ReadFile(x.path(eventLogPath))
+	raw, err := readEventLog(x.path(eventLogPath))
 	if err == nil {
 		f.Log, err = pcr.ParseLog(raw)
 	}
@@ -65,6 +66,23 @@ func (x examiner) gather(policy string) Facts {
 		f.Watchdogs = append(f.Watchdogs, x.text(d))
 	}
 	return f
+}
+
+// readEventLog reads the firmware's log once and to its end: the file says that it has 0
+// bytes, and may have grown at the next reading (F23).
+func readEventLog(path string) (b []byte, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if b, err = io.ReadAll(io.LimitReader(f, attest.MaxLogBytes+1)); err != nil {
+		return nil, err
+	}
+	if len(b) > attest.MaxLogBytes {
+		return nil, fmt.Errorf("%s has more than %d bytes", path, attest.MaxLogBytes)
+	}
+	return b, nil
 }
 
 // text is the first line of a file, or "".

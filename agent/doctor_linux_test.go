@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
@@ -11,8 +12,46 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
+
+// TestEventLogWithoutSize: the kernel's file says that it has 0 bytes, hands out its
+// content in pieces, and a second reading need not be like the first (F23). A pipe does
+// the same, and has its content only once.
+func TestEventLogWithoutSize(t *testing.T) {
+	want := sealtest.Firmware{SecureBoot: true, Variables: map[string][]byte{"dbx": make([]byte, 100<<10)}}.Log() // more than a pipe holds
+	root := t.TempDir()
+	path := filepath.Join(root, eventLogPath)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), unix.Mkfifo(path, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	write := func(b []byte) {
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		for len(b) > 0 && err == nil {
+			n := min(len(b), 1000)
+			_, err = f.Write(b[:n])
+			b = b[n:]
+		}
+		f.Close() // what was not read is missed below
+	}
+	if info, err := os.Stat(path); err != nil || info.Size() != 0 {
+		t.Fatal(info.Size(), err)
+	}
+	go write(want)
+	f := examiner{root: root, vars: noVariables{}, now: func() time.Time { return today }, openTPM: func() (seal.TPM, error) { return nil, fs.ErrNotExist }}.gather("")
+	if len(want) < 100<<10 || f.LogError != nil || !bytes.Equal(f.Log.Marshal(), want) {
+		t.Errorf("%d records, %v", len(f.Log.Events), f.LogError)
+	}
+	go write(make([]byte, attest.MaxLogBytes+1))
+	if b, err := readEventLog(path); err == nil {
+		t.Errorf("%d bytes without end are a log", len(b))
+	}
+}
 
 // noVariables is a firmware whose store cannot be read (F67).
 type noVariables struct{}

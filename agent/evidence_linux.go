@@ -28,7 +28,7 @@ func (s *system) newEvidence() *Evidence {
 	e := &Evidence{
 		Log: s.log, Statement: s.statement, Now: time.Now,
 		OpenTPM:  func() (seal.TPM, error) { return seal.OpenDevice() },
-		EventLog: func() ([]byte, error) { return os.ReadFile(eventLogPath) },
+		EventLog: func() ([]byte, error) { return readEventLog(eventLogPath) },
 	}
 	if s.keeper != nil {
 		e.Lock = s.keeper.lock

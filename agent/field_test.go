@@ -31,7 +31,7 @@ var untestedFailures = map[int]string{
 
 func TestFieldFailuresHaveTests(t *testing.T) {
 	number := regexp.MustCompile(`\bF([1-9][0-9]?)\b`)
-	span := regexp.MustCompile(`\bF([1-9][0-9]?) to F([1-9][0-9]?)\b`)
+	span := regexp.MustCompile(`\bF[1-9][0-9]? to F[1-9][0-9]?\b`) // says of none that it is tested
 	seen := map[int]bool{}
 	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() || !strings.HasSuffix(path, "_test.go") {
@@ -45,12 +45,7 @@ func TestFieldFailuresHaveTests(t *testing.T) {
 		if strings.HasSuffix(path, "agent/field_test.go") {
 			_, text, _ = strings.Cut(text, "// ---") // what is above only talks of them
 		}
-		for _, m := range span.FindAllStringSubmatch(text, -1) {
-			for n := atoi(t, m[1]); n <= atoi(t, m[2]); n++ {
-				seen[n] = true
-			}
-		}
-		for _, m := range number.FindAllStringSubmatch(text, -1) {
+		for _, m := range number.FindAllStringSubmatch(span.ReplaceAllString(text, ""), -1) {
 			seen[atoi(t, m[1])] = true
 		}
 		return nil

@@ -280,7 +280,7 @@ func (i *initrd) mapRoot(device string) error {
 // findRoot finds the root's partition.
 func (i *initrd) findRoot() (err error) {
 	// A firmware without a log leaves the place unknown, and with one disk that is no loss.
-	if raw, err := os.ReadFile(eventLogPath); err == nil {
+	if raw, err := readEventLog(eventLogPath); err == nil {
 		if log, err := pcr.ParseLog(raw); err == nil {
 			i.from = originOf(log)
 		}
@@ -324,7 +324,7 @@ func (i *initrd) openVolumes(root string, slots *Slots) error {
 		SecureBoot:    i.secureBoot(),
 		OnTrial:       i.onTrial(),
 		Authorisation: func() ([]byte, error) { return readAuthorisation(i.disk) },
-		EventLog:      func() ([]byte, error) { return os.ReadFile(eventLogPath) },
+		EventLog:      func() ([]byte, error) { return readEventLog(eventLogPath) },
 	}
 	if err := m.EnterPhase(phaseEnterInitrd); err != nil {
 		i.log.Warn("boot phase not measured", "error", err) // the unseal will say so too, and end in the prompt

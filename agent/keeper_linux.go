@@ -75,7 +75,7 @@ func (s *system) newKeeper() (*Keeper, error) {
 		Sealer: Sealer{Log: s.log, Root: "/", Patience: syncPatience, OpenTPM: func() (seal.TPM, error) { return seal.OpenDevice() }},
 		Policy: s.app.Seal, Name: s.app.Name, Version: s.app.Version, Slot: partition.Slot(s.initrd.Slot),
 		SecureBoot: s.initrd.SecureBoot, Method: s.initrd.Volumes[0].Method, PCRs: pcrValues(s.initrd.PCRs),
-		EventLog: func() ([]byte, error) { return os.ReadFile(eventLogPath) }, Variables: secureBootVariables, Now: time.Now,
+		EventLog: func() ([]byte, error) { return readEventLog(eventLogPath) }, Variables: secureBootVariables, Now: time.Now,
 		OpenDisk: func() (*partition.Disk, io.Closer, error) {
 			d, err := openSlots(s.initrd.Disk, s.initrd.Slot)
 			if err != nil {
