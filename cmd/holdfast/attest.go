@@ -337,16 +337,9 @@ func (o *attestOptions) readKeys(_ context.Context, _ *cli, p *attest.Policy) er
 	}
 	content := map[string][]byte{}
 	for _, name := range []string{keys.PK, keys.KEK, keys.DB} {
-		if content[name], err = k.SignatureList(name); err != nil {
+		if content[name], err = k.Trusted(name); err != nil {
 			return err
 		}
-	}
-	if k.DBNext.Cert != nil { // boxes get it before it signs
-		next, err := k.SignatureList(keys.DBNext)
-		if err != nil {
-			return err
-		}
-		content[keys.DB] = append(content[keys.DB], next...)
 	}
 	var dbx []byte
 	for _, path := range o.dbx {

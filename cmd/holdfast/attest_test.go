@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -30,8 +31,9 @@ type testBox struct {
 	input attest.Input
 }
 
-// boot is the command mkbox NAME KEYS RELEASE: a box that runs the release. The root of
-// its TPM's maker is in NAME.root.pem. A name that is there already starts again.
+// boot is the command mkbox NAME KEYS[,OTHERS] RELEASE: a box with KEYS, and in db OTHERS
+// too, that runs the release. The root of its TPM's maker is in
+// NAME.root.pem. A name that is there already starts again.
 func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, 3)
 	name := ts.MkAbs(args[0])
@@ -51,7 +53,8 @@ func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(json.Unmarshal(text, &m))
 	r, err := m.Reference()
 	ts.Check(err)
-	k, err := keys.Load(ts.MkAbs(args[1]))
+	dir, others, _ := strings.Cut(args[1], ",")
+	k, err := keys.Load(ts.MkAbs(dir))
 	ts.Check(err)
 	fw := sealtest.Firmware{SecureBoot: true, Variables: map[string][]byte{}, UKI: r.Sections,
 		Programs: []pcr.Digest{r.Boot.Loader.Authenticode, r.Boot.UKI.Authenticode}}
@@ -61,6 +64,13 @@ func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	entries, err := pcr.Signatures(fw.Variables[keys.DB])
 	ts.Check(err)
+	if others != "" {
+		also, err := keys.Load(ts.MkAbs(others))
+		ts.Check(err)
+		list, err := also.SignatureList(keys.DB)
+		ts.Check(err)
+		fw.Variables[keys.DB] = append(fw.Variables[keys.DB], list...)
+	}
 	fw.Authority = append(entries[0].Owner[:], entries[0].Data...)
 	box.input = attest.Input{EventLog: fw.Log(), Time: time.Now(), Statement: attest.Statement{
 		Product: m.Name, Release: m.Version, Box: "0b7d9f0e-0000-4000-8000-00000000000" + args[0][len(args[0])-1:],

@@ -30,6 +30,9 @@
 //  3. Once both slots of a box hold such releases, one that carries db.auth replaces
 //     db, without the old certificate. A box whose other slot still needs that waits.
 //
+// The old certificate stays in the folder as db-retired-….pem, and as long as it does, a
+// verifier takes boxes that have it in db ([Keys.Trusted]). Remove it when none should.
+//
 // A key that is known to others is revoked besides, as single programs are:
 // [Keys.Revoke] makes an addition to dbx. New boxes are enrolled without it, and take
 // it from their first release that carries it.
@@ -104,6 +107,8 @@ type Keys struct {
 	PK, KEK, DB Pair
 	// DBNext is the zero value in folders from before there was one.
 	DBNext Pair
+	// Retired are the certificates in db-retired-….pem, which were DB's before a rotation.
+	Retired []*x509.Certificate
 	// KeepDB and KeepKEK are enrolled beside DB's and KEK's certificate.
 	KeepDB, KeepKEK sigdb.Database
 
@@ -183,6 +188,27 @@ func (k *Keys) content(name string) (sigdb.Database, error) {
 func (k *Keys) SignatureList(name string) ([]byte, error) {
 	d, err := k.content(name)
 	return d.Marshal(), err
+}
+
+// Trusted are the signature lists of all that the UEFI variable of that name (PK, KEK, db)
+// may hold on a box of this vendor, whichever steps of a rotation the box has taken: for
+// db that is the next certificate and the retired ones too.
+func (k *Keys) Trusted(name string) ([]byte, error) {
+	d, err := k.content(name)
+	if err != nil || name != DB {
+		return d.Marshal(), err
+	}
+	if k.DBNext.Cert != nil {
+		next, err := k.content(DBNext)
+		if err != nil {
+			return nil, err
+		}
+		d = append(d, next...)
+	}
+	for _, cert := range k.Retired {
+		d = append(d, sigdb.Certificate(cert, sigdb.FromUUID(k.Owner())))
+	}
+	return d.Marshal(), nil
 }
 
 // authOf says how the .auth file of a key changes which variable, and who signs it.

@@ -46,7 +46,7 @@ func load(dir string) (*Keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := k.loadKeep(dir); err != nil {
+	if err := errors.Join(k.loadKeep(dir), k.loadRetired(dir)); err != nil {
 		return nil, err
 	}
 	for _, name := range pairNames() {
@@ -113,6 +113,30 @@ func (k *Keys) loadKeep(dir string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", f.name, err)
 		}
+	}
+	return nil
+}
+
+// loadRetired reads the certificates that rotations left, in the order of their names.
+func (k *Keys) loadRetired(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		name := e.Name()
+		if !strings.HasPrefix(name, retiredPrefix) || !strings.HasSuffix(name, ".pem") {
+			continue
+		}
+		der, err := readPEM(dir, name, "CERTIFICATE")
+		if err != nil {
+			return err
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		k.Retired = append(k.Retired, cert)
 	}
 	return nil
 }

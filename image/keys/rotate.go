@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -56,6 +57,7 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 	enrol := []string{DBNext}
 	if old.DBNext.Cert != nil {
 		k.DB, enrol = old.DBNext, []string{DB, DBNext}
+		k.Retired = append(slices.Clone(old.Retired), old.DB.Cert)
 		k.DB.name = DB
 		if p, ok := k.DB.Key.(*Program); ok {
 			p.Name = DB
@@ -73,6 +75,9 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 	}
 	return &k, exchangeFolder(dir, files)
 }
+
+// retiredPrefix begins the names of the files of keys that were db once.
+const retiredPrefix = "db-retired-"
 
 // laterThanSigned is now, or a second after what was signed for db last, if that is not
 // before now: a rotation in the same second, or a clock that was ahead then. Firmware
@@ -108,7 +113,7 @@ func (k *Keys) add(files map[string]outFile, dir, name string, cfg *Config, now 
 // its signers.json; next may name a program for the new db-next.
 func (k *Keys) moveFiles(files map[string]outFile, next Signers) (Signers, error) {
 	sum := sha256.Sum256(k.DB.Cert.Raw)
-	retired := fmt.Sprintf("db-retired-%x", sum[:4])
+	retired := fmt.Sprintf("%s%x", retiredPrefix, sum[:4])
 	move := func(from, to string) {
 		for _, ext := range []string{".key", ".pem"} {
 			if f, ok := files[from+ext]; ok {

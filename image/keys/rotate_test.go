@@ -93,6 +93,74 @@ func TestRotation(t *testing.T) {
 	}
 }
 
+// TestTrusted: what a verifier may find in db is the certificate of now, the next one and
+// those before, until their file is removed; PK and KEK do not rotate.
+func TestTrusted(t *testing.T) {
+	dir, k := create(t)
+	all := []*x509.Certificate{k.DB.Cert, k.DBNext.Cert}
+	wantTrusted := func(without ...*x509.Certificate) {
+		t.Helper()
+		k, err := Load(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := k.Trusted(DB)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := sigdb.Parse(list)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, cert := range all {
+			want := !slices.Contains(without, cert)
+			if got.HasData(sigdb.TypeX509(), cert.Raw) != want {
+				t.Errorf("the certificate %x: want %v", cert.SerialNumber, want)
+			}
+			if want {
+				n++
+			}
+		}
+		if len(got) != n {
+			t.Errorf("%d lists, want %d", len(got), n)
+		}
+		for _, name := range []string{PK, KEK} {
+			trusted, err := k.Trusted(name)
+			own, err2 := k.SignatureList(name)
+			if err != nil || err2 != nil || !bytes.Equal(trusted, own) {
+				t.Errorf("%s: %v, %v", name, err, err2)
+			}
+		}
+	}
+	wantTrusted()
+	for i := range 2 {
+		cfg := config()
+		cfg.Now = testTime.Add(time.Duration(i+1) * time.Hour)
+		made, err := Rotate(dir, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(made.Retired) != i+1 {
+			t.Errorf("rotation %d returns %d retired certificates", i, len(made.Retired))
+		}
+		all = append(all, made.DBNext.Cert)
+		wantTrusted()
+	}
+	sum := sha256.Sum256(all[0].Raw)
+	retired := filepath.Join(dir, fmt.Sprintf("db-retired-%x.pem", sum[:4]))
+	if err := os.Remove(retired); err != nil {
+		t.Fatal(err)
+	}
+	wantTrusted(all[0])
+	if err := os.WriteFile(retired, []byte("none"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Load(dir); err == nil || !strings.Contains(err.Error(), "db-retired-") {
+		t.Errorf("a damaged certificate: %v", err)
+	}
+}
+
 // TestRotateStamps: firmware replaces db only by something later than the last change of
 // it, that of db-next included, whatever the clock said at each of them.
 func TestRotateStamps(t *testing.T) {
