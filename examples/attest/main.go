@@ -10,12 +10,13 @@
 //	                              has a credential for that box: first contact.
 //	POST /answer  (an answer)  -> 200 it is good, 403 it is not; the verdict as JSON
 //
-// The folder has challenges/ (each is good for one answer), records/ (one file for each
-// box, see attest.Record), and alarms/: the verdict and the answer of each box that was
-// good before and is not any more, and of each that says it is one. A box is known by
-// its TPM, so that calling itself another does not help it. With -enrol, boxes that
-// nobody knows are recorded at first contact; run it so in the factory, or while boxes
-// are handed out. A box that says nothing raises no alarm: look at how old its record is.
+// The folder has challenges/ (each is good for one answer within an hour, and the last
+// thousand are kept), records/ (one file for each box, see attest.Record), and alarms/:
+// the verdict and the answer of each box that was good before and is not any more, and
+// of each that says it is one. A box is known by its TPM, so that calling itself another
+// does not help it. With -enrol, boxes that nobody knows are recorded at first contact;
+// run it so in the factory, or while boxes are handed out. A box that says nothing
+// raises no alarm: look at how old its record is.
 //
 // The connection needs no secrecy, and the boxes no password: what counts is signed by
 // their TPMs. Put a proxy with TLS and a limit of requests in front of it all the same.
@@ -53,7 +54,7 @@ func main() {
 	software := flag.Bool("software-tpm", false, "take TPMs that are programs")
 	cert := flag.String("cert", "", "certificate and key for TLS, in one PEM file")
 	flag.Parse()
-	v := &verifier{dir: *store, enrol: *enrol, now: time.Now, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	v := &verifier{dir: *store, challenges: 1000, enrol: *enrol, now: time.Now, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	v.policy.SoftwareTPM = *software
 	err := v.configure(strings.Split(*release, ","), *keyDir, *roots)
 	if err == nil {
@@ -80,10 +81,16 @@ func serve(listen, cert string, v *verifier) error {
 type verifier struct {
 	policy attest.Policy
 	dir    string
-	enrol  bool
-	now    func() time.Time
-	log    *slog.Logger
+	// challenges is how many are kept; the oldest are given up for new ones, so that a
+	// flood of requests is over when it ends.
+	challenges int
+	enrol      bool
+	now        func() time.Time
+	log        *slog.Logger
 }
+
+// lifetime is how long a challenge may be answered.
+const lifetime = time.Hour
 
 // configure reads what answers are judged by.
 func (v *verifier) configure(releases []string, keyDir, roots string) error {
@@ -170,7 +177,10 @@ func (v *verifier) challenge(w http.ResponseWriter, r *http.Request) {
 	}
 	c, err := attest.NewChallenge(v.now(), credentials...)
 	if err == nil {
-		err = v.write("challenges", fmt.Sprintf("%x.json", c.Nonce), c.Marshal())
+		err = v.write("challenges", fmt.Sprintf("%s-%x.json", v.now().UTC().Format(stamp), c.Nonce), c.Marshal())
+	}
+	if err == nil {
+		_, err = v.outstanding()
 	}
 	if err != nil {
 		v.broken(w, err)
@@ -216,7 +226,7 @@ func (v *verifier) answer(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	p := v.policy
-	p.Now, p.Known, p.MaxAge = v.now(), known, time.Hour
+	p.Now, p.Known, p.MaxAge = v.now(), known, lifetime
 	if known == nil && v.enrol {
 		p.Accept = attest.FirstContact()
 	}
@@ -232,19 +242,41 @@ func (v *verifier) answer(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(verdict) // as above
 }
 
-// claim finds the challenge that the quote is over and takes it away, so that nobody's
-// second answer counts. Nil when there is none.
-func (v *verifier) claim(a *attest.Answer) (*attest.Challenge, error) {
+// stamp begins the names of challenges, so that they are in the order of their age.
+const stamp = "20060102T150405.000000000Z"
+
+// outstanding are the challenges that may still be answered, as paths. The others go.
+func (v *verifier) outstanding() (paths []string, err error) {
 	dir := filepath.Join(v.dir, "challenges")
-	entries, err := os.ReadDir(dir)
+	entries, err := os.ReadDir(dir) // the oldest first
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
 		return nil, err
 	}
-	for _, e := range entries {
+	over := v.now().Add(-lifetime).UTC().Format(stamp)
+	for i, e := range entries {
 		path := filepath.Join(dir, e.Name())
+		if e.Name() >= over && len(entries)-i <= v.challenges {
+			paths = append(paths, path)
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) { // another instance may have
+			return nil, err
+		}
+	}
+	return paths, nil
+}
+
+// claim finds the challenge that the quote is over and takes it away, so that nobody's
+// second answer counts. Nil when there is none.
+func (v *verifier) claim(a *attest.Answer) (*attest.Challenge, error) {
+	paths, err := v.outstanding()
+	if err != nil {
+		return nil, err
+	}
+	for _, path := range paths {
 		b, err := os.ReadFile(path)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // another instance took it
@@ -253,12 +285,8 @@ func (v *verifier) claim(a *attest.Answer) (*attest.Challenge, error) {
 			return nil, err
 		}
 		c, err := attest.ParseChallenge(b)
-		if err != nil || v.now().Sub(c.Time) > 2*time.Hour {
-			_ = os.Remove(path) // over; if it stays, freshness fails
-			continue
-		}
-		if !a.Answers(c) {
-			continue
+		if err != nil || !a.Answers(c) {
+			continue // half of one that is being written, or another
 		}
 		if err := os.Remove(path); errors.Is(err, fs.ErrNotExist) {
 			return nil, nil

@@ -54,7 +54,7 @@ func newFleet(t *testing.T) *fleet {
 	tpm.Extend(11, "leave-initrd")
 	maker := sealtest.NewManufacturer(t, "Test Root of TPMs", time.Now())
 	tpm.WriteNV(0x01c0000a, maker.Certify(tpm.EK(tpm2.ECCEKTemplate), "id:49424D00"))
-	v := &verifier{dir: t.TempDir(), enrol: true, now: time.Now, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
+	v := &verifier{dir: t.TempDir(), challenges: 5, enrol: true, now: time.Now, log: slog.New(slog.NewTextHandler(io.Discard, nil))}
 	v.policy = attest.Policy{SoftwareTPM: true, References: []attest.Reference{{Product: "ledger", Version: "1.0.0", Boot: boot.Release}}}
 	if v.policy.Keys, err = attest.NewKeys(boot.Before["PK"], boot.Before["KEK"], boot.Before["db"], boot.Before["dbx"]); err != nil {
 		t.Fatal(err)
@@ -171,6 +171,34 @@ func TestRenamed(t *testing.T) {
 		if v.Of(attest.CheckIdentity).Result != attest.Fail || v.Of(attest.CheckExtras).Result != attest.Fail || f.files("alarms") != 2 {
 			t.Errorf("named %q, changed: %s; %d files of alarms", box, b, f.files("alarms"))
 		}
+	}
+}
+
+// TestChallenges: those that nobody answers are not kept for ever, nor more than a number.
+func TestChallenges(t *testing.T) {
+	f := newFleet(t)
+	first := f.ask(nil)
+	for range 4 {
+		f.post("/challenge", nil)
+	}
+	if _, b := f.post("/answer", first); !bytes.Contains(b, []byte("it answers this challenge")) {
+		t.Errorf("the oldest of five is forgotten: %s", b)
+	}
+	first = f.ask(nil)
+	for range 20 {
+		f.post("/challenge", nil)
+	}
+	if n := f.files("challenges"); n != 5 {
+		t.Errorf("%d challenges are kept, want 5", n)
+	}
+	if code, b := f.post("/answer", first); code != http.StatusForbidden || !bytes.Contains(b, []byte("no challenge is given")) {
+		t.Errorf("more came since: %d %s", code, b)
+	}
+	last := f.ask(nil)
+	now := time.Now()
+	f.v.now = func() time.Time { return now.Add(lifetime + time.Second) }
+	if code, b := f.post("/answer", last); code != http.StatusForbidden || !bytes.Contains(b, []byte("no challenge is given")) || f.files("challenges") != 0 {
+		t.Errorf("late: %d %s; %d challenges are kept", code, b, f.files("challenges"))
 	}
 }
 
