@@ -115,7 +115,7 @@ example: holdfast build ledger.yaml -o out`)
 }
 
 func runLock(ctx context.Context, c *cli, args []string) error {
-	rest, err := parse(c.flags("lock", "SPEC", "Ask the registries which digests the tags in SPEC stand for now, and write "+lockName+" beside it."), args, 1)
+	rest, err := parse(c.flags("lock", "SPEC", "Ask the registries which digests the tags in SPEC stand for now, and write "+lockName+" beside it.\n\nexample: holdfast lock ledger.yaml"), args, 1)
 	if err != nil {
 		return err
 	}

@@ -36,8 +36,8 @@ example: holdfast bundle 1.2.3 --repo repo -o ledger-1.2.3.bundle`)
 	dir := f.String("repo", "repo", "`folder` of the repository")
 	channel := f.String("channel", "stable", "`name` of the channel")
 	var from, recipients texts
-	f.Var(&from, "from", "only what a device needs that runs this `release`: a version, build folder or root hash; may be given several times")
-	f.Var(&recipients, "recipient", "encrypt to this `age1…`; may be given several times")
+	f.Var(&from, "from", "only what a device needs that runs this `release`: a version, build folder or root hash; repeat")
+	f.Var(&recipients, "recipient", "encrypt to this `recipient`, age1…; repeat")
 	rest, err := parse(f, args, 1)
 	if err != nil {
 		return err

@@ -12,7 +12,7 @@ import (
 )
 
 func runInit(_ context.Context, c *cli, args []string) error {
-	rest, err := parse(c.flags("init", "NAME", "Write a commented starter spec to NAME.yaml."), args, 1)
+	rest, err := parse(c.flags("init", "NAME", "Write a commented starter spec to NAME.yaml.\n\nexample: holdfast init ledger"), args, 1)
 	if err != nil {
 		return err
 	}

@@ -26,24 +26,13 @@ const escrowUsage = `usage: holdfast escrow VERB [OPTIONS] FILE
   newkey NAME            make NAME.key and NAME.pub, which receipts are signed with
 
 'holdfast recover' gets the recovery key out of one.
+
+example: holdfast escrow inspect holdfast-escrow-ledger-0b7d9f0e-1.json
+'holdfast escrow VERB -h' tells a verb's options.
 `
 
 func runEscrow(ctx context.Context, c *cli, args []string) error {
-	if len(args) == 0 {
-		return usageError{"escrow wants a verb: inspect, receipt or newkey", "holdfast escrow -h"}
-	}
-	switch args[0] {
-	case "inspect":
-		return escrowInspect(ctx, c, args[1:])
-	case "receipt":
-		return escrowReceipt(ctx, c, args[1:])
-	case "newkey":
-		return escrowNewKey(ctx, c, args[1:])
-	case "help", "-h", "--help":
-		_, err := io.WriteString(c.out, escrowUsage)
-		return err
-	}
-	return usageError{fmt.Sprintf("no verb escrow %q", args[0]), "holdfast escrow -h"}
+	return noun(ctx, c, "escrow", escrowUsage, []verb{{"inspect", escrowInspect}, {"receipt", escrowReceipt}, {"newkey", escrowNewKey}}, args)
 }
 
 // readEscrow reads and verifies a file; earlier, if not "", is one of the same box.

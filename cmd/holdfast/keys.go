@@ -20,16 +20,21 @@ import (
 	"github.com/holdfast-os/holdfast/image/uki"
 )
 
+const keysUsage = `usage: holdfast keys VERB DIR [OPTIONS]
+
+  new DIR                make the vendor's keys: Secure Boot, PCR policy, recovery escrow
+  rotate DIR             make db-next the key that signs, and a new db-next
+  dbx DIR -o FILE        what no firmware is to start any more, signed for a release to carry
+  downgrade DIR -o FILE  let boxes of a higher security epoch go back to one older release
+
+Keep the .key files off line; whoever has them can sign for you.
+
+example: holdfast keys new keys
+'holdfast keys VERB -h' tells a verb's options.
+`
+
 func runKeys(ctx context.Context, c *cli, args []string) error {
-	verbs := []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}, {"downgrade", runKeysDowngrade}}
-	if len(args) > 0 {
-		for _, v := range verbs {
-			if v.name == args[0] {
-				return v.run(ctx, c, args[1:])
-			}
-		}
-	}
-	return usageError{"keys wants one of the words new, rotate, dbx and downgrade, and a folder", "holdfast keys new DIR"}
+	return noun(ctx, c, "keys", keysUsage, []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}, {"downgrade", runKeysDowngrade}}, args)
 }
 
 // keyOptions are the flags that new and rotate share.
@@ -114,7 +119,9 @@ Afterwards, once both slots of the boxes hold releases signed by the new key, on
   secureboot: {db: DIR/db.auth}
 
 takes the old certificate out of their db. A box that still needs it waits.
-In a folder without a db-next, this makes one and changes nothing else.`)
+In a folder without a db-next, this makes one and changes nothing else.
+
+example: holdfast keys rotate keys`)
 	var o keyOptions
 	o.flags(f)
 	rest, err := parse(f, args, 1)

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -98,7 +99,7 @@ func mainWith(ctx context.Context, c *cli, args []string) int {
 		fmt.Fprint(c.err, usage)
 		return exitUsage
 	}
-	if args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
+	if isHelp(args[0]) {
 		fmt.Fprint(c.out, usage)
 		return exitDone
 	}
@@ -202,21 +203,77 @@ func (c *cli) flags(name, arguments, about string) *flag.FlagSet {
 	f := flag.NewFlagSet(name, flag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.Usage = func() {
-		fmt.Fprintf(c.out, "usage: holdfast %s [OPTIONS] %s\n\n%s\n", name, arguments, about)
-		f.SetOutput(c.out)
-		f.PrintDefaults()
-		f.SetOutput(io.Discard)
+		fmt.Fprintln(c.out, strings.TrimRight("usage: holdfast "+name+" [OPTIONS] "+arguments, " ")+"\n\n"+about)
+		printOptions(c.out, f)
 	}
 	return f
 }
 
+// printOptions has each option on one line, so that a verb's help is one screen.
+func printOptions(w io.Writer, f *flag.FlagSet) {
+	var heads, texts []string
+	width := 0
+	f.VisitAll(func(o *flag.Flag) {
+		value, text := flag.UnquoteUsage(o)
+		head := "--" + o.Name
+		if len(o.Name) == 1 {
+			head = "-" + o.Name
+		}
+		if value != "" {
+			if value == strings.ToLower(value) {
+				value = strings.ToUpper(value)
+			}
+			head += " " + value
+		}
+		switch o.DefValue {
+		case "", "0", "-1", "false":
+		default:
+			text += " (default " + o.DefValue + ")"
+		}
+		heads, texts = append(heads, head), append(texts, text)
+		width = max(width, len(head))
+	})
+	for i, head := range heads {
+		if i == 0 {
+			fmt.Fprintln(w)
+		}
+		fmt.Fprintf(w, "  %-*s  %s\n", width, head, texts[i])
+	}
+}
+
+// noun is a verb that takes a verb of its own.
+func noun(ctx context.Context, c *cli, name, usage string, verbs []verb, args []string) error {
+	got := "nothing"
+	if len(args) > 0 {
+		if isHelp(args[0]) {
+			_, err := io.WriteString(c.out, usage)
+			return err
+		}
+		got = strconv.Quote(args[0])
+	}
+	var names []string
+	for _, v := range verbs {
+		if len(args) > 0 && args[0] == v.name {
+			return v.run(ctx, c, args[1:])
+		}
+		names = append(names, v.name)
+	}
+	return usageError{fmt.Sprintf("%s wants one of %s, got %s", name, strings.Join(names, ", "), got), "holdfast " + name + " -h"}
+}
+
+func isHelp(word string) bool { return word == "help" || word == "-h" || word == "--help" }
+
 // parse takes options before and behind the arguments, and wants n of the latter,
-// which is 0 to 3.
+// which is 0 to 3. Who asks for it gets the help, and nobody else: a mistake has nothing
+// on standard output, where a script looks for data.
 func parse(f *flag.FlagSet, args []string, n int) ([]string, error) {
+	help := f.Usage
+	f.Usage = func() {}
 	var rest []string
 	for {
 		if err := f.Parse(args); err != nil {
 			if errors.Is(err, flag.ErrHelp) {
+				help()
 				return nil, err
 			}
 			return nil, usageError{err.Error(), "holdfast " + f.Name() + " -h"}
@@ -238,7 +295,7 @@ func parse(f *flag.FlagSet, args []string, n int) ([]string, error) {
 }
 
 func runVersion(_ context.Context, c *cli, args []string) error {
-	if _, err := parse(c.flags("version", "", "Print the version."), args, 0); err != nil {
+	if _, err := parse(c.flags("version", "", "Print the version.\n\nexample: holdfast version"), args, 0); err != nil {
 		return err
 	}
 	_, err := fmt.Fprintln(c.out, "holdfast", version)

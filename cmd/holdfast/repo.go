@@ -9,7 +9,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -44,6 +43,9 @@ const repoUsage = `usage: holdfast repo VERB DIR [OPTIONS] ARGUMENTS
 Keys are in DIR.keys unless --keys says otherwise; those of root and targets belong on
 another machine. What waits for their signatures is in DIR.private/pending, and ends
 with exit code 4.
+
+example: holdfast repo init repo && holdfast repo add repo out --rollout 10
+'holdfast repo VERB -h' tells a verb's options.
 `
 
 // repoVerbs are the words behind repo.
@@ -56,22 +58,7 @@ func repoVerbs() []verb {
 }
 
 func runRepo(ctx context.Context, c *cli, args []string) error {
-	if len(args) > 0 && slices.Contains([]string{"-h", "--help", "help"}, args[0]) {
-		_, err := io.WriteString(c.out, repoUsage)
-		return err
-	}
-	var names []string
-	for _, v := range repoVerbs() {
-		if len(args) > 0 && args[0] == v.name {
-			return waiting(v.run(ctx, c, args[1:]))
-		}
-		names = append(names, v.name)
-	}
-	got := "nothing"
-	if len(args) > 0 {
-		got = strconv.Quote(args[0])
-	}
-	return usageError{fmt.Sprintf("repo wants one of %s, got %s", strings.Join(names, ", "), got), "holdfast repo -h"}
+	return waiting(noun(ctx, c, "repo", repoUsage, repoVerbs(), args))
 }
 
 // waiting says what to do about metadata that waits for signatures.
@@ -611,7 +598,9 @@ example: holdfast repo import repo targets.json`)
 
 func repoPrune(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("repo prune", "DIR", `Remove content that no listed release needs. Do it when nobody fetches it any more,
-such as a week after a release was withdrawn.`)
+such as a week after a release was withdrawn.
+
+example: holdfast repo prune repo`)
 	rest, err := parse(f, args, 1)
 	if err != nil {
 		return err
