@@ -201,6 +201,9 @@ func openBundle(ctx context.Context, p *progress, path, root, identity string) (
 			return nil, fmt.Errorf("%s: %w", identity, err)
 		}
 	}
+	if _, err := os.Stat(path); err != nil {
+		return nil, err // in words for files, not for disks
+	}
 	file, err := partition.OpenReadOnly(path)
 	if err != nil {
 		return nil, err

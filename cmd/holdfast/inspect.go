@@ -72,6 +72,7 @@ type kind struct {
 func kinds() []kind {
 	const gpt, luks = "a GPT disk", "a LUKS volume"
 	return []kind{
+		{"a qcow2 image", "QFI\xfb", 0, refuseQCOW2}, // first: it may end like the disk in it
 		{gpt, "EFI PART", 512, inspectDisk},
 		{gpt, "EFI PART", -512, inspectDisk}, // its start is damaged
 		{luks, "LUKS\xba\xbe", 0, inspectVolume},
@@ -82,7 +83,10 @@ func kinds() []kind {
 		{"a signed update of a firmware variable", "\x00\x02\xf1\x0e\x9d\xd2\xaf\x4a", 20, inspectVariable},
 		{"a signature list", "\xa1\x59\xc0\xa5\xe4\x94\xa7\x4a", 0, inspectVariable}, // of certificates
 		{"a signature list", "\x26\x16\xc4\xc1\x4c\x50\x92\x40", 0, inspectVariable}, // of digests
-		{"a qcow2 image", "QFI\xfb", 0, refuseQCOW2},
+		{"a bundle", "holdfast-bundle\x00", 0, refuseBundle},
+		{"an escrow", "{\n  \"type\": \"holdfast-escrow\",", 0, inspectEscrow},
+		{"an answer to a challenge", "holdfast-answer\x00", 0, inspectAnswer},
+		{"a file encrypted by age", "age-encryption.org/", 0, refuseEncrypted},
 	}
 }
 
@@ -91,11 +95,10 @@ var errUnknown = errors.New("unknown content")
 
 func runInspect(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("inspect", "FILE", `Explain FILE, which may be a build's folder, a release folder, a disk (image or
-device), a UKI or other EFI program, a LUKS2 volume, a root image, or a signed update or
-list of Secure Boot keys. It is known by
-its content, not by its name. Nothing is written. Digests, signatures and root
-hashes are checked where there is something to check them against; one that does
-not match ends with exit code 3.
+device), a UKI or other EFI program, a LUKS2 volume, a root image, a signed update or
+list of Secure Boot keys, an escrow, or a box's answer. It is known by its content, not
+by its name. Nothing is written. Digests, signatures and root hashes are checked where
+there is something to check them against; one that does not match ends with exit code 3.
 
 example: holdfast inspect out`)
 	asJSON := f.Bool("json", false, `one JSON object, with a "type", instead of text`)
