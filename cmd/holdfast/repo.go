@@ -96,6 +96,10 @@ func (c *cli) openRepo(ctx context.Context, dir, keys string) (*repo.Repo, error
 		return nil, err
 	}
 	r, err := repo.Open(dir, signers, time.Now())
+	var damaged *repo.DamagedError
+	if errors.As(err, &damaged) {
+		return nil, hinted{err, "it is damaged; restore " + damaged.Folder + " from a copy"}
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, hinted{err, "make one with: holdfast repo init " + dir}
 	}

@@ -16,10 +16,17 @@ import (
 	"github.com/holdfast-os/holdfast/hwtest"
 	"github.com/holdfast-os/holdfast/image/build"
 	"github.com/holdfast-os/holdfast/image/keys"
+	"github.com/holdfast-os/holdfast/partition"
 )
 
 // boxFolder keeps the TPM and firmware state of `run` in the output folder.
 const boxFolder = "box"
+
+// Kernel, initrd and the firmware need the less; no PC has more than the more.
+const (
+	minMemoryMiB = 256
+	maxMemoryMiB = 1 << 20
+)
 
 func runRun(ctx context.Context, c *cli, args []string) error {
 	f := c.flags("run", "OUT", `Boot the disk in OUT (a build's folder, or a disk image) in QEMU. The TPM and the
@@ -33,6 +40,12 @@ example: holdfast run --forward 8080:80 out`)
 	rest, err := parse(f, args, 1)
 	if err != nil {
 		return err
+	}
+	if *memory < minMemoryMiB {
+		return usageError{fmt.Sprintf("--memory %d is less than the %d MiB that an appliance needs", *memory, minMemoryMiB), "holdfast run --memory 1024 " + rest[0]}
+	}
+	if *memory > maxMemoryMiB {
+		return usageError{fmt.Sprintf("--memory %d is more than %d MiB", *memory, maxMemoryMiB), "holdfast run --memory 1024 " + rest[0]}
 	}
 	o := hwtest.Options{MemoryMiB: *memory, Log: c.out, HostPorts: map[int]int{}}
 	if err := parseForward(*forward, &o); err != nil {
@@ -52,6 +65,9 @@ example: holdfast run --forward 8080:80 out`)
 	if _, err := os.Stat(disk); err != nil {
 		return hinted{err, "build it first: holdfast build SPEC -o " + rest[0]}
 	}
+	if err := checkBoots(disk); err != nil {
+		return err
+	}
 	box, err := hwtest.NewBox(dir, disk, o)
 	if err != nil {
 		return err
@@ -62,6 +78,22 @@ example: holdfast run --forward 8080:80 out`)
 	}
 	fmt.Fprintf(c.err, "accelerator %s, state in %s\n", accel, dir)
 	return c.attend(ctx, box)
+}
+
+// checkBoots refuses what would end in the firmware's shell.
+func checkBoots(path string) (err error) {
+	if err := refuseQCOW2Disk(path); err != nil {
+		return err
+	}
+	dev, err := partition.OpenReadOnly(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, dev.Close()) }()
+	if _, err := partition.Open(dev); err != nil {
+		return hinted{fmt.Errorf("%s: %w", path, err), "give the folder of a build, or a disk that holdfast build made"}
+	}
+	return nil
 }
 
 // attend powers the box on and connects its console to this terminal.

@@ -437,8 +437,11 @@ func targetList(targets map[string]*metadata.TargetFiles) ([]update.Target, erro
 			return nil, fmt.Errorf("target %q says nothing of its release", name)
 		}
 		var t update.Target
-		if err := json.Unmarshal(*tf.Custom, &t); err != nil || t.Name() != name {
-			return nil, fmt.Errorf("target %q does not describe itself: %w", name, errors.Join(err, update.ErrUntrusted))
+		if err := json.Unmarshal(*tf.Custom, &t); err != nil {
+			return nil, fmt.Errorf("target %q: %w: %w", name, update.ErrUntrusted, err)
+		}
+		if t.Name() != name {
+			return nil, fmt.Errorf("target %q describes %q: %w", name, t.Name(), update.ErrUntrusted)
 		}
 		list = append(list, t)
 	}

@@ -124,13 +124,24 @@ type published struct {
 	timestamp file[metadata.TimestampType]
 }
 
+// DamagedError says that a repository is there and a file of it is not, or cannot be
+// read. Only a copy of the folder mends that.
+type DamagedError struct {
+	Folder string
+	Err    error
+}
+
+func (e *DamagedError) Error() string { return e.Err.Error() }
+func (e *DamagedError) Unwrap() error { return e.Err }
+
 // openTime is how long Open tries to read what another process is writing: a
 // publication is some small files.
 const openTime = 5 * time.Second
 
 // Open opens a repository for changes with the keys at hand, at time now. It
 // completes a publication that was interrupted. It does not wait for a process that
-// changes the repository, and shows what was published before.
+// changes the repository, and shows what was published before. Where there is none it is
+// fs.ErrNotExist, and no [DamagedError].
 func Open(dir string, keys []crypto.Signer, now time.Time) (*Repo, error) {
 	r := &Repo{dir: dir, private: privateFolder(dir), keys: keys, now: now.UTC().Truncate(time.Second)}
 	for deadline := time.Now().Add(openTime); ; time.Sleep(20 * time.Millisecond) {
@@ -140,7 +151,7 @@ func Open(dir string, keys []crypto.Signer, now time.Time) (*Repo, error) {
 		}
 		if errors.Is(err, fs.ErrNotExist) {
 			if _, missing := os.Stat(filepath.Join(r.private, configName)); missing != nil {
-				return nil, fmt.Errorf("open repository: %w", missing)
+				return nil, fmt.Errorf("open repository: %w", err)
 			}
 		}
 		release, locked := r.claim()
@@ -167,18 +178,28 @@ func (r *Repo) settled() bool {
 func (r *Repo) read() error {
 	b, err := readFile(filepath.Join(r.private, configName))
 	if err != nil {
+		if _, missing := os.Stat(filepath.Join(r.dir, update.RootPath(1))); missing == nil && errors.Is(err, fs.ErrNotExist) {
+			return &DamagedError{r.private, err}
+		}
 		return err
 	}
 	r.config = config{}
-	if err := json.Unmarshal(b, &r.config); err != nil || r.config.Format != 1 {
-		return fmt.Errorf("%s is not of format 1: %w", configName, errors.Join(err, update.ErrUntrusted))
+	if err := json.Unmarshal(b, &r.config); err != nil {
+		return &DamagedError{r.private, fmt.Errorf("read %s: %w", configName, err)}
+	}
+	if r.config.Format != 1 {
+		return fmt.Errorf("%s has format %d; this version knows format 1", configName, r.config.Format)
 	}
 	if r.alone && r.interrupted() {
 		if err := r.complete(); err != nil {
 			return err
 		}
 	}
-	return r.load()
+	err = r.load()
+	if errors.Is(err, fs.ErrNotExist) {
+		err = &DamagedError{r.dir, err}
+	}
+	return err
 }
 
 // load reads what is published and verifies it, but for expiry.
@@ -255,7 +276,7 @@ func (r *Repo) saveConfig() error {
 func (r *Repo) loadRoots() (set *trustedmetadata.TrustedMetadata, err error) {
 	for version := int64(1); ; version++ {
 		f, err := load[metadata.RootType](r.dir, update.RootPath(version))
-		if errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) && (version > 1 || r.config.RootSHA256 == "") {
 			return set, nil
 		}
 		if err != nil {
