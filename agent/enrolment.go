@@ -65,10 +65,12 @@ func (r EnrolmentRecord) givenUp(s *SecureBootState) error {
 	switch {
 	case !s.SetupMode || r.Attempts == 0:
 		return nil
+	case r.Failure != "" && r.Attempts < enrolmentAttempts: // the volumes were sealed after it
+		return fmt.Errorf("the vendor's Secure Boot keys could not be enrolled: %s; it is tried again after a factory reset", printable(r.Failure))
 	case r.Failure != "":
 		return fmt.Errorf("the vendor's Secure Boot keys could not be enrolled: %s", printable(r.Failure))
 	}
-	return fmt.Errorf("the firmware has lost the Secure Boot keys that were enrolled %d times; they are not enrolled again by themselves", r.Attempts)
+	return fmt.Errorf("the firmware does not keep keys over a restart: it has lost the Secure Boot keys that were enrolled %d times; they are not enrolled again by themselves", r.Attempts)
 }
 
 // attempt restarts the box as soon as one variable has changed: the registers of the next
@@ -106,7 +108,7 @@ func (e *Enrolment) write() (written int, err error) {
 		}
 		err = e.Vars.Write(v, sigdb.Attributes, e.Auths[name])
 		if errors.Is(err, unix.ENOSPC) {
-			err = noRoom(e.Vars, err)
+			err = noRoom(e.Vars, len(e.Auths[name]), err)
 		}
 		if err != nil {
 			return written, fmt.Errorf("enrol %s: %w", name, err)

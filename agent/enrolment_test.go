@@ -75,12 +75,12 @@ func TestEnrolmentKept(t *testing.T) {
 	want := image.SecureBoot{Enroll: "force", Keys: certificatesOf(ours)}
 	b := newEmptyBoard(t)
 	b.run("first boot", true, "")
-	if on, _, err := SecureBootFor(b.fw, want); on || err != nil {
+	if on, _, err := SecureBootFor(b.fw, want, nil); on || err != nil {
 		t.Errorf("the boot that enrols may seal: %v, %v", on, err)
 	}
 	b.keep()
 	b.run("second boot", false, "")
-	if on, why, err := SecureBootFor(b.fw, want); !on || why != "" || err != nil {
+	if on, why, err := SecureBootFor(b.fw, want, nil); !on || why != "" || err != nil {
 		t.Errorf("the boot that reads them back: %v, %q, %v", on, why, err)
 	}
 	b.Fresh = false
@@ -101,11 +101,14 @@ func TestEnrolmentLost(t *testing.T) {
 	b := newEmptyBoard(t)
 	restarts := 0
 	for range 10 {
-		if restart, _ := b.Run(); restart {
+		restart, err := b.Run()
+		if restart {
 			restarts++
+			b.lose()
+			continue
 		}
-		b.lose()
-		if on, why, _ := SecureBootFor(b.fw, image.SecureBoot{Enroll: "force", Keys: certificatesOf(ours)}); on || !strings.Contains(why, "does not keep keys") {
+		on, why, _ := SecureBootFor(b.fw, image.SecureBoot{Enroll: "force", Keys: certificatesOf(ours)}, err)
+		if on || !strings.Contains(why, "does not keep keys over a restart") {
 			t.Errorf("%v, %q", on, why)
 		}
 	}
@@ -148,8 +151,8 @@ func TestEnrolmentNoRoom(t *testing.T) {
 		restarts []bool // boot by boot
 		failure  string
 	}{
-		"full":          {func(f *firmware) { f.full = true }, []bool{false, false}, "enrol db: the firmware's variable store is full"},
-		"it is known":   {func(f *firmware) { f.free = 4000 }, []bool{false, false}, "4000 bytes are free"},
+		"full":          {func(f *firmware) { f.full = true }, []bool{false, false}, "enrol db: the firmware's variable store is full: "},
+		"it is known":   {func(f *firmware) { f.free = 4000 }, []bool{false, false}, "is full: 4000 bytes are free, "},
 		"room for some": {func(f *firmware) { f.room = 2 }, []bool{true, true}, "enrol PK: the firmware's variable store is full"},
 		"crash dumps": {func(f *firmware) { f.full, f.others = true, []EFIVar{{Name: "dump-type0-1-1-1-C"}} }, []bool{false, false},
 			"1 variables in it are crash dumps"},
@@ -157,8 +160,14 @@ func TestEnrolmentNoRoom(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newEmptyBoard(t)
 			c.fill(b.fw)
+			want := image.SecureBoot{Enroll: "force"}
 			for n, restart := range c.restarts {
 				b.run(fmt.Sprint("boot ", n+1), restart, c.failure)
+				if n == 0 && !restart { // what a box says that sealed in this boot
+					b.Fresh = false
+					b.run("sealed", false, "; it is tried again after a factory reset")
+					b.Fresh = true
+				}
 				if len(b.fw.values["PK"]) > 0 {
 					t.Error("the platform key was enrolled")
 				}
@@ -170,9 +179,13 @@ func TestEnrolmentNoRoom(t *testing.T) {
 			if len(b.fw.writes) > 0 {
 				t.Errorf("written after it was given up: %v", b.fw.writes)
 			}
-			on, why, err := SecureBootFor(b.fw, image.SecureBoot{Enroll: "force"})
-			if on || why == "" || err != nil {
-				t.Errorf("a seal rests on it: %v, %q, %v", on, why, err)
+			_, failure := b.Run()
+			on, why, err := SecureBootFor(b.fw, want, failure)
+			if on || err != nil {
+				t.Errorf("a seal rests on it: %v, %v", on, err)
+			}
+			if !strings.Contains(why, c.failure) || !strings.Contains(why, unix.ENOSPC.Error()) || strings.Contains(why, "does not keep") {
+				t.Errorf("the cause is said to be: %s", why)
 			}
 			// Somebody has made room, and enrolled them by hand.
 			b.fw.full, b.fw.free, b.fw.room = false, -1, 0

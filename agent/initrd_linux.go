@@ -51,6 +51,8 @@ type initrd struct {
 	status  Status
 	// signatures are those of this release, and of the vendor's authorisation.
 	signatures seal.Signatures
+	// enrolled is what went wrong when keys were enrolled, or why they were not.
+	enrolled error
 }
 
 // RunInitrd is the first process of a boot: it finds and verifies the root,
@@ -469,7 +471,10 @@ func waitForTPM() (seal.TPM, error) {
 // anything is sealed, and why it may not is said where somebody would expect that it does.
 func (i *initrd) secureBoot() func() (bool, error) {
 	want := i.boot.Appliance.SecureBoot
-	on, why, err := SecureBootFor(efivarfs{efivarsPath}, want)
+	on, why, err := SecureBootFor(efivarfs{efivarsPath}, want, i.enrolled)
+	if i.enrolled != nil && (on || err != nil) { // else why has it
+		i.status.Problems = append(i.status.Problems, i.enrolled.Error())
+	}
 	if why != "" {
 		i.log.Warn("Secure Boot", "why", why)
 		if on || want.Enroll == "force" {

@@ -189,8 +189,8 @@ func (s *SecureBootState) Starts(e image.Expected) error {
 // SecureBootFor says whether a seal may rest on Secure Boot in this boot, and if not,
 // or not quite, why. Keys are enrolled in a boot that ends in a restart ([Enrolment]), so
 // that it is another boot that reads them back: what a firmware does not keep is never
-// sealed to (F4).
-func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, err error) {
+// sealed to (F4). enrolment is what [Enrolment.Run] said in this boot.
+func SecureBootFor(vars EFIVars, want image.SecureBoot, enrolment error) (on bool, why string, err error) {
 	s, err := ReadSecureBoot(vars)
 	if err != nil {
 		return false, "", err
@@ -198,13 +198,24 @@ func SecureBootFor(vars EFIVars, want image.SecureBoot) (on bool, why string, er
 	keys := s.CheckKeys(want.Keys)
 	switch {
 	case !s.Enforced() && want.Enroll == "force":
-		return false, fmt.Sprintf("Secure Boot is not in force (%s), though this release enrols the vendor's keys: the firmware is not in setup mode, or does not keep keys over a restart", s.Mode()), nil
+		return false, fmt.Sprintf("Secure Boot is not in force (%s), though this release enrols the vendor's keys: %s", s.Mode(), notEnrolled(s, enrolment)), nil
 	case !s.Enforced():
 		return false, fmt.Sprintf("Secure Boot is not in force (%s)", s.Mode()), nil
 	case keys != nil:
 		return true, fmt.Sprintf("Secure Boot is on with keys of somebody else, who decides what starts: %v", keys), nil
 	}
 	return true, "", nil
+}
+
+// notEnrolled is the cause, with what to do.
+func notEnrolled(s *SecureBootState, enrolment error) string {
+	switch {
+	case enrolment != nil:
+		return enrolment.Error()
+	case s.SetupMode:
+		return "the data volumes were sealed without them; they are enrolled after a factory reset"
+	}
+	return "that needs setup mode: clear the keys, or switch Secure Boot on, in the firmware's set-up"
 }
 
 // BootProgram is an EFI program that has to start, now or as a fallback.
@@ -382,11 +393,15 @@ func checkRoom(vars EFIVars, bytes int) error {
 	if err != nil || free < 0 || free >= int64(bytes) {
 		return nil
 	}
-	return noRoom(vars, fmt.Errorf("%d bytes are free, %d are needed", free, bytes))
+	return noRoom(vars, bytes, unix.ENOSPC)
 }
 
-// noRoom says what fills the store, as far as that is known.
-func noRoom(vars EFIVars, err error) error {
+// noRoom says what was too much for the store, and what fills it, as far as that is known.
+func noRoom(vars EFIVars, bytes int, err error) error {
+	size := fmt.Sprintf("%d bytes are needed", bytes)
+	if free, err := vars.FreeBytes(); err == nil && free >= 0 {
+		size = fmt.Sprintf("%d bytes are free, %s", free, size)
+	}
 	dumps := 0
 	if list, err := vars.List(); err == nil {
 		for _, v := range list {
@@ -395,10 +410,11 @@ func noRoom(vars EFIVars, err error) error {
 			}
 		}
 	}
+	remedy := "restoring the defaults in the firmware's set-up empties it"
 	if dumps > 0 {
-		return fmt.Errorf("the firmware's variable store is full: %w; %d variables in it are crash dumps of a kernel (dump-type…), which may be deleted", err, dumps)
+		remedy = fmt.Sprintf("%d variables in it are crash dumps of a kernel (dump-type…), which may be deleted", dumps)
 	}
-	return fmt.Errorf("the firmware's variable store is full: %w; restoring its defaults in its set-up empties it", err)
+	return fmt.Errorf("the firmware's variable store is full: %s: %w; %s", size, err, remedy)
 }
 
 // Apply makes a change that Plan has found: seals for it, writes, and reads back. The
@@ -422,7 +438,7 @@ func (k *SecureBootKeeper) Apply(ctx context.Context, c VariableChange) error {
 	err = write(v, sigdb.Attributes, c.Auth)
 	switch {
 	case errors.Is(err, unix.ENOSPC):
-		return noRoom(k.Vars, err)
+		return noRoom(k.Vars, len(c.Auth), err)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("the firmware refuses the change of %s: %w; it was not signed by a key of its KEK, or is older than what it has", c.Variable, err)
 	case err != nil:

@@ -328,8 +328,8 @@ func (i *initrd) enrolKeys() error {
 	}
 	if err != nil {
 		i.log.Warn("Secure Boot keys", "error", err)
-		i.status.Problems = append(i.status.Problems, err.Error())
 	}
+	i.enrolled = err
 	if restart {
 		return ErrReboot
 	}

@@ -478,7 +478,7 @@ func TestVariablesUnreadable(t *testing.T) {
 		if s := b.Status(p, err); s.Mode != "unavailable" || len(s.Problems) != 1 {
 			t.Errorf("status %+v", s)
 		}
-		if on, why, err := SecureBootFor(b.fw, b.Wanted); on || why != "" || !errors.Is(err, ErrVariables) {
+		if on, why, err := SecureBootFor(b.fw, b.Wanted, nil); on || why != "" || !errors.Is(err, ErrVariables) {
 			t.Errorf("%s: on %v, %q, %v", name, on, why, err)
 		}
 	}
@@ -498,7 +498,7 @@ func TestNoRoom(t *testing.T) {
 	b.blocked("the firmware says", "full: 1000 bytes are free", "2 variables in it are crash dumps")
 	b.fw.free, b.fw.full, b.fw.others = -1, true, nil
 	err := b.Apply(context.Background(), *b.plan().Change)
-	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "restoring its defaults") {
+	if !errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), "restoring the defaults") {
 		t.Errorf("the write says: %v", err)
 	}
 	if b.plan().Change == nil {
@@ -539,30 +539,37 @@ func TestEnrolmentIsReadBack(t *testing.T) {
 	ours, theirs := vendors(t)
 	want := image.SecureBoot{Enroll: "force", Keys: certificatesOf(ours)}
 	kept := enrolled(t, ours)
-	if on, why, err := SecureBootFor(kept, want); err != nil || !on || why != "" {
+	if on, why, err := SecureBootFor(kept, want, nil); err != nil || !on || why != "" {
 		t.Errorf("kept: %v, %q", on, why)
 	}
 	foreign := enrolled(t, theirs)
-	if on, why, err := SecureBootFor(foreign, want); err != nil || !on || !strings.Contains(why, "somebody else") || !strings.Contains(why, "PK, KEK, db") {
+	if on, why, err := SecureBootFor(foreign, want, nil); err != nil || !on || !strings.Contains(why, "somebody else") || !strings.Contains(why, "PK, KEK, db") {
 		t.Errorf("another vendor's: %v, %q", on, why)
 	}
-	for name, change := range map[string]func(*firmware){
-		"keys vanished": func(f *firmware) {
+	const sealed, off = "the data volumes were sealed without them", "that needs setup mode: "
+	for name, c := range map[string]struct {
+		change func(*firmware)
+		cause  string
+	}{
+		"keys vanished": {func(f *firmware) {
 			for _, v := range []string{"PK", "KEK", "db"} {
 				delete(f.values, v)
 			}
 			f.values["SecureBoot"], f.values["SetupMode"] = []byte{0}, []byte{1}
-		},
-		"says it is on without keys": func(f *firmware) { f.values["SetupMode"] = []byte{1} },
-		"audit":                      func(f *firmware) { f.values["AuditMode"] = []byte{1} },
-		"never heard of it":          func(f *firmware) { f.values = map[string][]byte{} },
+		}, sealed},
+		"says it is on without keys": {func(f *firmware) { f.values["SetupMode"] = []byte{1} }, sealed},
+		"audit":                      {func(f *firmware) { f.values["AuditMode"] = []byte{1} }, off},
+		"never heard of it":          {func(f *firmware) { f.values = map[string][]byte{} }, off},
 	} {
 		f := enrolled(t, ours)
-		change(f)
-		if on, why, err := SecureBootFor(f, want); err != nil || on || !strings.Contains(why, "does not keep keys over a restart") {
+		c.change(f)
+		if on, why, err := SecureBootFor(f, want, errors.New("the cause")); err != nil || on || !strings.Contains(why, "keys: the cause") {
+			t.Errorf("%s, with a cause: %v, %q", name, on, why)
+		}
+		if on, why, err := SecureBootFor(f, want, nil); err != nil || on || !strings.Contains(why, c.cause) {
 			t.Errorf("%s: %v, %q", name, on, why)
 		}
-		if on, why, err := SecureBootFor(f, image.SecureBoot{}); err != nil || on || strings.Contains(why, "restart") || why == "" {
+		if on, why, err := SecureBootFor(f, image.SecureBoot{}, nil); err != nil || on || strings.Contains(why, "restart") || why == "" {
 			t.Errorf("%s, nothing to enrol: %v, %q", name, on, why)
 		}
 	}
