@@ -188,6 +188,14 @@ func TestSecondBootOpensByTPM(t *testing.T) {
 	if want := theProduct(t).manifest.Expected.UKIAuthenticode; !strings.Contains(events, want) {
 		t.Errorf("tpm2_eventlog does not show the predicted Authenticode digest %s", want)
 	}
+	text := wantDiagnosis(t, m, true, map[string]agent.Verdict{
+		"efi": agent.OK, "tpm": agent.OK, "tpm-self-test": agent.OK, "tpm-lockout": agent.OK, "tpm-owner": agent.OK, "tpm-space": agent.OK,
+		"sha256-bank": agent.OK, "registers": agent.OK, "event-log": agent.OK, "log-replay": agent.OK, "secure-boot": agent.OK,
+		"esp": agent.OK, "virtual-machine": agent.Warn,
+	})
+	if !strings.HasSuffix(text, "\nfit for policy standard\n") {
+		t.Errorf("doctor says:\n%s", text)
+	}
 	call(m, "POST", "/die", "") // the connection breaks
 	m.Expect(`service=web state=waiting reason="exit status 3"`, bootTime)
 	m.Expect(`service=web state=healthy`, bootTime)
@@ -223,6 +231,10 @@ func TestWithoutSecureBootIsDegraded(t *testing.T) {
 	s := statusIn(t, m.Console())
 	if !slices.ContainsFunc(s.Rules, func(r string) bool { return strings.Contains(r, "PCR 4") || strings.Contains(r, "4:") }) {
 		t.Errorf("the rules do not show PCR 4: %q", s.Rules)
+	}
+	text := wantDiagnosis(t, m, true, map[string]agent.Verdict{"tpm": agent.OK, "registers": agent.OK, "log-replay": agent.OK, "secure-boot": agent.Warn})
+	if !strings.Contains(text, "enrol the vendor's keys and switch Secure Boot on in the firmware setup") {
+		t.Errorf("doctor says:\n%s", text)
 	}
 }
 
@@ -346,6 +358,12 @@ func TestTPMAbsent(t *testing.T) {
 	m.Send(box.recovery + "\n")
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
+	text := wantDiagnosis(t, m, false, map[string]agent.Verdict{
+		"tpm": agent.Bad, "tpm-self-test": agent.Unknown, "sha256-bank": agent.Unknown, "registers": agent.Unknown, "secure-boot": agent.OK,
+	})
+	if !strings.Contains(text, "enable the TPM (PTT, fTPM, Security Device) in the firmware setup") || !strings.HasSuffix(text, "\nNOT FIT for policy standard\n") {
+		t.Errorf("doctor says:\n%s", text)
+	}
 	m.PowerCut()
 	m.PutTPM()
 	m.PowerOn()

@@ -32,6 +32,7 @@ func TestBoards(t *testing.T) {
 		tests["a release is revoked"] = releaseRevoked
 		tests["keys are not kept"] = keysForgotten
 		tests["no room for keys"] = noRoomForKeys
+		tests["it is reset to the factory's state"] = factoryReset
 		tests["the disk changes what is on it"] = authenticatedVolume
 		tests["own root is damaged and a medium is there"] = mediumForDamagedRoot
 	}
@@ -226,6 +227,54 @@ func mediumForDamagedRoot(t *testing.T) {
 	m.Expect(`holdfast: error: .*this boot was started from /dev/vda, whose root is missing or damaged; another disk has it and is not used: /dev/nvme0n1`, bootTime)
 	m.PowerCut()
 	check()
+}
+
+// factoryReset: the command, given on the running box, destroys the data and what opened
+// it, and restarts. The box makes volumes anew, which another recovery key opens, and the
+// TPM in later boots; release and firmware stay as they are.
+func factoryReset(t *testing.T) {
+	p := theProduct(t)
+	first := buildRelease(t, t.TempDir(), p.keys, "1.0.0", func(s *spec.Spec) {
+		s.Services[0].Binds[0] = spec.Bind{Source: "/data", Destination: "/data"} // the agent's part of the volume too
+	})
+	m := hwtest.New(t, first.disk(), hwtest.Options{SecureBoot: p.firmwareKeys(t), Forward: []int{80}})
+	m.PowerOn()
+	before := m.Expect(recoveryPattern, bootTime)[1]
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "of the first owner")
+	if code, text := agentTool(t, m, "reset", "--factory"); code != 1 || !strings.Contains(text, "not confirmed; nothing was changed") {
+		t.Errorf("without a confirmation it ends with %d: %s", code, text)
+	}
+	wantRecord(t, m, "first", "of the first owner")
+	old := extract(t, m.Disk, "data")
+	if err := opens(t, old, before); err != nil {
+		t.Errorf("the first recovery key: %v", err)
+	}
+	if _, err := call(m, http.MethodPost, "/run?arg=/usr/lib/holdfast/holdfast-agent&arg=reset&arg=--factory&arg=--yes", ""); err != nil {
+		t.Logf("answer to the reset: %v", err) // it may be cut off by the restart
+	}
+	m.Expect(`shutting down reboot=true`, bootTime)
+	m.Expect(`bye reboot=true`, bootTime)
+	m.Expect(`first boot: provisioning`, bootTime)
+	after := m.Expect(recoveryPattern, bootTime)[1]
+	m.Expect(readyPattern, bootTime)
+	if got, err := call(m, http.MethodGet, "/record/first", ""); err == nil || !strings.Contains(err.Error(), "404") {
+		t.Errorf("a record of the first owner's: %q, %v", got, err)
+	}
+	store(t, m, "second", "of the next owner")
+	reboot(t, m)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "second", "of the next owner")
+	wantStates(t, statusOf(t, m), "slot a 1.0.0")
+	m.PowerButton(bootTime)
+	volume := extract(t, m.Disk, "data")
+	if err := opens(t, volume, after); err != nil {
+		t.Errorf("the new recovery key: %v", err)
+	}
+	if before == after || opens(t, volume, before) == nil {
+		t.Error("the first owner's recovery key opens the volume")
+	}
 }
 
 // statusOf asks the agent in the box.

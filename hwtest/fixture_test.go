@@ -4,19 +4,23 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/hwtest"
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/build"
@@ -72,7 +76,9 @@ services:
     capabilities: [CAP_NET_BIND_SERVICE]
     readonly: true
     runtime: {mkdir: [/data/records]}
-    binds: ["/data/records:/data", "/sys/kernel/security:/sys/kernel/security:ro", "/run/holdfast:/run/holdfast"]
+    devices: [{path: all, type: a}] # for doctor, as are /dev and the firmware's variables
+    binds: ["/data/records:/data", "/sys/kernel/security:/sys/kernel/security:ro", "/run/holdfast:/run/holdfast", "/dev:/dev",
+      "/sys/firmware/efi/efivars:/sys/firmware/efi/efivars:ro", "/usr/lib/holdfast:/usr/lib/holdfast:ro"]
     health: {http: "http://127.0.0.1/health", interval: 2s, start: 120s}
 onshutdown:
   - name: farewell
@@ -308,6 +314,56 @@ func wantRecord(t *testing.T, m *hwtest.Machine, name, want string) {
 	if err != nil || got != want {
 		t.Errorf("record %s is %q (%v), want %q", name, got, err, want)
 	}
+}
+
+// agentTool runs a verb of the agent's program in the service's container, and gives its
+// exit code and what it printed.
+func agentTool(t *testing.T, m *hwtest.Machine, args ...string) (code int, text string) {
+	t.Helper()
+	argv := url.Values{"arg": append([]string{"/usr/lib/holdfast/holdfast-agent"}, args...)}
+	answer, err := call(m, http.MethodPost, "/run?"+argv.Encode(), "")
+	if err != nil {
+		t.Fatalf("holdfast-agent %s: %v", strings.Join(args, " "), err)
+	}
+	first, text, _ := strings.Cut(answer, "\n")
+	if code, err = strconv.Atoi(first); err != nil {
+		t.Fatalf("holdfast-agent %s: %q", strings.Join(args, " "), answer)
+	}
+	return code, text
+}
+
+// wantDiagnosis has doctor judge the box: fit or not, by its exit code too, with these
+// verdicts, and a remedy for each that is not ok. What it says for people is returned.
+func wantDiagnosis(t *testing.T, m *hwtest.Machine, fit bool, verdicts map[string]agent.Verdict) string {
+	t.Helper()
+	wantCode := 1
+	if fit {
+		wantCode = 0
+	}
+	code, text := agentTool(t, m, "doctor", "--json")
+	var d agent.Diagnosis
+	if err := json.NewDecoder(strings.NewReader(text)).Decode(&d); err != nil {
+		t.Fatalf("doctor: %v: %s", err, text)
+	}
+	if code != wantCode || d.Fit != fit {
+		t.Errorf("doctor ends with %d, fit %v; want %d, %v", code, d.Fit, wantCode, fit)
+	}
+	for _, c := range d.Checks {
+		if want, ok := verdicts[c.Name]; ok && c.Verdict != want {
+			t.Errorf("doctor says %s of %s, not %s: %s", c.Verdict, c.Name, want, c.Seen)
+		} else if ok && want != agent.OK && want != agent.Unknown && c.Remedy == "" {
+			t.Errorf("doctor has no remedy for %s: %s", c.Name, c.Seen)
+		}
+		delete(verdicts, c.Name)
+	}
+	for name := range verdicts {
+		t.Errorf("doctor does not look at %s", name)
+	}
+	code, text = agentTool(t, m, "doctor")
+	if code != wantCode {
+		t.Errorf("doctor for people ends with %d", code)
+	}
+	return text
 }
 
 var recoveryRegexp = regexp.MustCompile(recoveryPattern)
