@@ -290,12 +290,16 @@ func (s *system) shutDown(reboot bool) {
 	for _, v := range s.app.Volumes {
 		mounts = append(mounts, v.Mount)
 	}
-	if busy := unmountBelow(mounts); len(busy) > 0 {
+	busy := unmountBelow(mounts)
+	if len(busy) > 0 {
 		s.killAll()
+	}
+	// What this process has in hand on a volume, as new TPM states, comes to its end.
+	for end := time.Now().Add(unmountTime); len(busy) > 0 && time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
 		busy = unmountBelow(mounts)
-		for _, b := range busy {
-			s.log.Warn("still mounted", "path", b)
-		}
+	}
+	for _, b := range busy {
+		s.log.Warn("still mounted", "path", b)
 	}
 	for _, v := range s.app.Volumes {
 		if err := dm.Remove(volumeMapping(v.Name)); err != nil {
@@ -307,6 +311,9 @@ func (s *system) shutDown(reboot bool) {
 	s.log.Info("bye", "reboot", reboot)
 	endMachine(reboot)
 }
+
+// unmountTime is how long a volume may stay busy at the end.
+const unmountTime = 30 * time.Second
 
 // killAll ends what is left of other processes.
 func (s *system) killAll() {
