@@ -29,6 +29,8 @@ type Facts struct {
 	PIN    bool
 
 	EFI bool
+	// Masked says that /sys/firmware is not there to look at, as in a container.
+	Masked bool
 
 	// TPMError says why there is no TPM to ask; the following are empty then.
 	TPMError      error
@@ -158,6 +160,10 @@ func (e *examination) add(name string, v Verdict, seen, remedy string) {
 }
 
 func (e *examination) efi() {
+	if !e.EFI && e.Masked {
+		e.add("efi", Unknown, "nothing is to be seen of the firmware: /sys/firmware is empty", "in a container: take /sys/firmware out of its maskedPaths")
+		return
+	}
 	if !e.EFI {
 		e.add("efi", Bad, "this system was not started by UEFI", "switch legacy boot (CSM) off in the firmware setup")
 		return

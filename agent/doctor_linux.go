@@ -147,7 +147,13 @@ func (x examiner) tpm(f *Facts) {
 func (x examiner) firmware(f *Facts) {
 	f.VariableBytes = -1
 	if !f.EFI {
-		f.SecureBootError = fmt.Errorf("%w: not started by UEFI", ErrVariables)
+		shown, err := os.ReadDir(x.path("/sys/firmware"))
+		f.Masked = err == nil && len(shown) == 0
+		why := "not started by UEFI"
+		if f.Masked {
+			why = "/sys/firmware is empty"
+		}
+		f.SecureBootError = fmt.Errorf("%w: %s", ErrVariables, why)
 		f.VariableError = f.SecureBootError
 		return
 	}

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,6 +104,12 @@ func TestGather(t *testing.T) {
 	f = x.gather(seal.PolicyStrict)
 	if d := Examine(f); d.Fit || f.VM != "" || f.EFI {
 		t.Errorf("an empty machine: %+v", d)
+	}
+	if err := os.MkdirAll(filepath.Join(x.root, "sys/firmware"), 0o755); err != nil { // as a container masks it
+		t.Fatal(err)
+	}
+	if f := x.gather(seal.PolicyStrict); !f.Masked || f.EFI || strings.Contains(f.SecureBootError.Error(), "not started") {
+		t.Errorf("where the firmware is masked: %+v", f)
 	}
 }
 

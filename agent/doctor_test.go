@@ -120,6 +120,7 @@ func TestExamine(t *testing.T) {
 		want  Verdict
 		seen  string
 	}{
+		{"in a container", func(f *Facts) { f.EFI, f.Masked = false, true }, "efi", Unknown, "/sys/firmware is empty"},
 		{"legacy boot", func(f *Facts) { f.EFI = false }, "efi", Bad, "not started by UEFI"},
 		{"no TPM", func(f *Facts) { f.TPMError = seal.ErrNoTPM; f.Fitness = seal.Fitness{} }, "tpm", Bad, "no TPM found"},
 		{"TPM 1.2", func(f *Facts) { f.TPMError = seal.ErrTPM12; f.Fitness = seal.Fitness{} }, "tpm", Bad, "version 1.2"},

@@ -76,7 +76,8 @@ services:
     capabilities: [CAP_NET_BIND_SERVICE]
     readonly: true
     runtime: {mkdir: [/data/records]}
-    devices: [{path: all, type: a}] # for doctor, as are /dev and the firmware's variables
+    devices: [{path: all, type: a}] # for doctor, as are /dev and /sys/firmware
+    maskedPaths: [/proc/kcore]
     binds: ["/data/records:/data", "/sys/kernel/security:/sys/kernel/security:ro", "/run/holdfast:/run/holdfast", "/dev:/dev",
       "/sys/firmware/efi/efivars:/sys/firmware/efi/efivars:ro", "/usr/lib/holdfast:/usr/lib/holdfast:ro"]
     health: {http: "http://127.0.0.1/health", interval: 2s, start: 120s}
