@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/hwtest"
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/build"
@@ -303,10 +304,11 @@ func noRoomForKeys(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.PowerOn()
-	m.Expect(`Secure Boot keys error="enrol db: the firmware's variable store is full: .*\d+ bytes are needed`, bootTime)
+	m.Expect(`Secure Boot keys error="enrol .*the firmware's variable store is full: .*\d+ bytes are needed`, bootTime)
 	m.Expect(recoveryPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
 	wantNoRoom(t, m, "")
+	wantDiagnosis(t, m, false, map[string]agent.Verdict{"variable-space": agent.Bad, "secure-boot": agent.Warn})
 	store(t, m, "first", "kept")
 	reboot(t, m)
 	m.Expect(tpmPattern, bootTime)
