@@ -99,7 +99,7 @@ func (e *Enrolment) write() (written int, err error) {
 		needed += len(auth) + variableOverhead
 	}
 	if err := checkRoom(e.Vars, needed); err != nil {
-		return 0, fmt.Errorf("enrol the vendor's keys: %w", err)
+		return 0, fmt.Errorf("enrol db, KEK and PK: %w", err)
 	}
 	for _, name := range []string{sigdb.DB, sigdb.KEK, sigdb.PK} {
 		v, err := secureBootVar(name)
