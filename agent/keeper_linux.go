@@ -231,6 +231,7 @@ func (s *Status) describe(k *Keeper) {
 
 // describeHere completes what the initrd left, where no agent runs.
 func (s *Status) describeHere() {
+	s.describeSlots()
 	k, err := OpenKeeper(slog.New(slog.DiscardHandler))
 	if k == nil && err == nil {
 		return

@@ -5,7 +5,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"hash"
@@ -16,6 +15,7 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
@@ -36,9 +36,8 @@ const decommissionedMarker = "HOLDFAST-DECOMMISSIONED\n"
 const (
 	markerBlockBytes = 4096
 	markerSector     = 512
-	// headBytes hold both headers and all key areas (package luks2, "The subset").
-	headBytes = 16 << 20
-	wipeChunk = 1 << 20
+	headBytes        = erasure.HeadBytes
+	wipeChunk        = 1 << 20
 )
 
 // Eraser ends the life of a box's data. Fill in the fields and call [Eraser.Reset] or
@@ -46,136 +45,128 @@ const (
 // touched, and their keys stay in the kernel until the box restarts.
 type Eraser struct {
 	Log *slog.Logger
-	// Name and Version are those of the release, for the proof.
+	// Name and Version are those of the release, for the proof; see package erasure.
 	Name, Version string
 	// Volumes are all data volumes of the box. The first one decides.
 	Volumes []Partition
-	// OpenTPM is for Decommission, which removes what the box has in its TPM.
+	// OpenTPM is for Decommission, which removes what the box has in its TPM, and for Sign.
 	OpenTPM func() (seal.TPM, error)
 	Now     func() time.Time
 	// Lock, when set, keeps others from changing the headers meanwhile.
 	Lock func() (unlock func(), err error)
-	// CarrySlotKey, when set, is for a box whose slots are encrypted. Reset calls it before
-	// anything is destroyed; see slots.go.
-	CarrySlotKey func() error
+	// CarrySlotKey and DropSlotKey, when set, are for a box whose slots are encrypted. Reset
+	// calls the first before anything is destroyed, Decommission the second: an earlier
+	// reset may have left the key where this TPM opens it. See slots.go.
+	CarrySlotKey, DropSlotKey func() error
+	// Sign has the TPM sign the proof; where it is nil, Unsigned says why.
+	Sign     func(seal.TPM, *erasure.Proof) error
+	Unsigned string
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
-}
-
-// Proof says what was destroyed. It is not signed: it is as good as who carries it.
-type Proof struct {
-	Format  int       `json:"format"` // 1
-	What    string    `json:"what"`   // "factory reset", "decommission"
-	Name    string    `json:"name"`
-	Version string    `json:"version"`
-	Time    time.Time `json:"time"`
-	// Completed says that this run completed one that was interrupted.
-	Completed bool           `json:"completed_an_interrupted_run,omitempty"`
-	Volumes   []ErasedVolume `json:"volumes"`
-	TPM       *ErasedTPM     `json:"tpm,omitempty"`
-	// Slots is what became of encrypted slots.
-	Slots string `json:"slots,omitempty"`
-	// Problems are what could not be done; the volumes are erased all the same.
-	Problems []string `json:"problems,omitempty"`
-}
-
-// ErasedVolume is one data volume.
-type ErasedVolume struct {
-	Name string `json:"name"`
-	// UUID and Keyslots are empty where there was no header any more.
-	UUID     string `json:"uuid,omitempty"`
-	Keyslots int    `json:"keyslots,omitempty"`
-	// AreaBytes from the volume's start were overwritten: both headers and all key areas.
-	// Of these bytes, Before and After are the SHA-256, in hex.
-	AreaBytes int64  `json:"area_bytes"`
-	Before    string `json:"before_sha256"`
-	After     string `json:"after_sha256"`
-}
-
-// ErasedTPM is what was done in the TPM: "removed", or "there was none".
-type ErasedTPM struct {
-	Manufacturer string `json:"manufacturer,omitempty"`
-	Counter      string `json:"counter,omitempty"`
-	StorageKey   string `json:"storage_key,omitempty"`
-}
-
-// WriteTo prints the proof as JSON.
-func (p Proof) WriteTo(w io.Writer) (int64, error) {
-	b, err := json.MarshalIndent(p, "", "  ")
-	if err != nil {
-		return 0, err
-	}
-	n, err := w.Write(append(b, '\n'))
-	return int64(n), err
 }
 
 // Reset makes the data volumes what they were when they came from the builder: the
 // next boot provisions them. Releases, boot entries and the TPM stay; slots that are
 // encrypted stay so, and open.
-func (e *Eraser) Reset() (Proof, error) {
-	return e.erase("factory reset", partition.UnprovisionedMarker)
+func (e *Eraser) Reset() (*erasure.Proof, error) {
+	return e.erase(erasure.FactoryReset, partition.UnprovisionedMarker)
 }
 
 // Decommission ends the box's life: no boot makes volumes again until an image is
-// written anew. What is in encrypted slots is noise then. Its TPM gives up the counter and the storage key.
-func (e *Eraser) Decommission() (Proof, error) {
-	return e.erase("decommission", decommissionedMarker)
+// written anew. What is in encrypted slots is noise then. Its TPM gives up the counter
+// and the storage key, and signs the proof with a key that it makes again each time.
+func (e *Eraser) Decommission() (*erasure.Proof, error) {
+	return e.erase(erasure.Decommission, decommissionedMarker)
 }
 
-func (e *Eraser) erase(what, marker string) (p Proof, err error) {
+func (e *Eraser) erase(what, marker string) (*erasure.Proof, error) {
 	if len(e.Volumes) == 0 {
-		return p, ErrNoVolumes
+		return nil, ErrNoVolumes
 	}
 	if e.Lock != nil {
 		unlock, err := e.Lock()
 		if err != nil {
-			return p, err
+			return nil, err
 		}
 		defer unlock()
 	}
-	p = Proof{Format: 1, What: what, Name: e.Name, Version: e.Version, Time: e.Now().UTC()}
+	p := erasure.New(what, e.Name, e.Version, marker, e.Now())
+	var err error
 	if p.Completed, err = marked(e.Volumes[0].Device, marker); err != nil {
-		return p, err
+		return nil, err
 	}
-	srk, err := e.look(&p)
+	srk, err := e.look(p)
 	if err != nil {
-		return p, err
+		return nil, err
 	}
-	if e.CarrySlotKey != nil {
-		p.Slots = "encrypted, and their key destroyed with the volumes"
-	}
-	if e.CarrySlotKey != nil && marker == partition.UnprovisionedMarker {
+	if e.CarrySlotKey != nil && what == erasure.FactoryReset {
 		p.Slots = "encrypted, and their key carried over, which this TPM opens"
 		if err := e.CarrySlotKey(); err != nil {
-			return p, err
+			return nil, err
 		}
 	}
+	if err := e.destroy(p); err != nil {
+		return nil, err
+	}
+	if what == erasure.Decommission {
+		e.eraseTPM(p, srk)
+	}
+	e.sign(p)
+	return p, nil
+}
+
+// destroy marks the volumes and overwrites what opens them and the slots.
+func (e *Eraser) destroy(p *erasure.Proof) (err error) {
+	marker := p.Marker
 	for i := len(e.Volumes) - 1; i >= 0; i-- {
 		if err := mark(e.Volumes[i].Device, marker); err != nil {
-			return p, fmt.Errorf("data volume %s: %w", e.Volumes[i].Name, err)
+			return fmt.Errorf("data volume %s: %w", e.Volumes[i].Name, err)
+		}
+	}
+	// Before the volumes: once all of them are overwritten, no start comes back to this.
+	if e.DropSlotKey != nil && p.What == erasure.Decommission {
+		p.Slots = "encrypted, and their key destroyed with the volumes"
+		if err := e.DropSlotKey(); err != nil {
+			p.Slots = "encrypted, and their key destroyed on the volumes"
+			p.Problems = append(p.Problems, fmt.Sprintf("the key of the slots that a factory reset may have left on the boot partition: %v", err))
 		}
 	}
 	for i, v := range e.Volumes {
 		if err := e.wipe(v.Device); err != nil {
-			return p, fmt.Errorf("data volume %s: %w; the next start goes on", v.Name, err)
+			return fmt.Errorf("data volume %s: %w; the next start goes on", v.Name, err)
 		}
 		if p.Volumes[i].After, err = wiped(v.Device, marker); err != nil {
-			return p, fmt.Errorf("data volume %s: %w", v.Name, err)
+			return fmt.Errorf("data volume %s: %w", v.Name, err)
 		}
 		e.Log.Info("keys of a data volume destroyed", "volume", v.Name, "bytes", p.Volumes[i].AreaBytes)
 	}
-	if marker == decommissionedMarker {
-		e.eraseTPM(&p, srk)
+	return nil
+}
+
+// sign comes last. The keys are gone whether or not there is a TPM to say so.
+func (e *Eraser) sign(p *erasure.Proof) {
+	p.Unsigned = e.Unsigned
+	if e.Sign == nil {
+		return
 	}
-	return p, nil
+	tpm, err := e.OpenTPM()
+	if err == nil {
+		if c, ok := tpm.(io.Closer); ok {
+			defer c.Close()
+		}
+		err = e.Sign(tpm, p)
+	}
+	if err != nil {
+		p.Unsigned = fmt.Sprintf("TPM: %v", err)
+	}
 }
 
 // look notes what there is, and makes sure that volumes which are marked first could
 // still be opened if the power failed before the first one is. srk is the name of the
 // storage key that the volumes' states hang from.
-func (e *Eraser) look(p *Proof) (srk []byte, err error) {
+func (e *Eraser) look(p *erasure.Proof) (srk []byte, err error) {
 	for _, v := range e.Volumes {
-		out := ErasedVolume{Name: v.Name, AreaBytes: min(headBytes, v.Device.Size())}
+		out := erasure.Volume{Name: v.Name, AreaBytes: min(headBytes, v.Device.Size())}
 		sum := sha256.New()
 		if err := digestArea(sum, v.Device, 0, out.AreaBytes); err != nil {
 			return nil, fmt.Errorf("data volume %s: %w", v.Name, err)
@@ -257,18 +248,14 @@ func (zeroReader) Read(p []byte) (int, error) { clear(p); return len(p), nil }
 // wiped reads back, and is the digest of the area.
 func wiped(dev partition.Device, marker string) (digest string, err error) {
 	end := min(headBytes, dev.Size())
-	sum, want := sha256.New(), sha256.New()
+	sum := sha256.New()
 	if err := digestArea(sum, dev, 0, end); err != nil {
 		return "", err
 	}
-	want.Write([]byte(marker))
-	if _, err := io.CopyN(want, zeroReader{}, end-int64(len(marker))); err != nil {
-		return "", err
-	}
-	if !bytes.Equal(sum.Sum(nil), want.Sum(nil)) {
+	if digest = hex.EncodeToString(sum.Sum(nil)); digest != erasure.Overwritten(marker, end) {
 		return "", errors.New("the disk does not hold what was written over the keys: it is faulty, and must be destroyed")
 	}
-	return hex.EncodeToString(sum.Sum(nil)), nil
+	return digest, nil
 }
 
 func digestArea(sum hash.Hash, dev io.ReaderAt, from, to int64) error {
@@ -280,8 +267,8 @@ func digestArea(sum hash.Hash, dev io.ReaderAt, from, to int64) error {
 
 // eraseTPM removes what the box has in the TPM. It opens nothing any more, so what fails
 // here is a note in the proof.
-func (e *Eraser) eraseTPM(p *Proof, srk []byte) {
-	p.TPM = &ErasedTPM{}
+func (e *Eraser) eraseTPM(p *erasure.Proof, srk []byte) {
+	p.TPM = &erasure.TPM{}
 	failed := func(err error) { p.Problems = append(p.Problems, fmt.Sprintf("TPM: %v", err)) }
 	tpm, err := e.OpenTPM()
 	if err != nil {
@@ -331,7 +318,11 @@ func (m *Machine) decommissioned(a image.Appliance, parts []Partition) error {
 	}
 	fmt.Fprint(m.Console, "\r\nThis box was decommissioned: the keys of its data are destroyed. To use it again, write an image anew.\r\n")
 	if !complete {
-		e := &Eraser{Log: m.Log, Name: a.Name, Version: a.Version, Volumes: parts, OpenTPM: m.openTPM, Now: time.Now, Rand: m.Rand}
+		e := &Eraser{Log: m.Log, Name: a.Name, Version: a.Version, Volumes: parts, OpenTPM: m.openTPM, Now: time.Now, Rand: m.Rand,
+			Unsigned: "a start completed what had been interrupted, with the volumes closed"}
+		if m.Slots != nil {
+			e.DropSlotKey = func() error { return dropCarried(m.Slots.Disk) }
+		}
 		proof, err := e.Decommission()
 		if err != nil {
 			return err

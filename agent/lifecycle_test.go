@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -18,6 +17,8 @@ import (
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/partition/powercut"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
@@ -182,15 +183,12 @@ func TestDecommission(t *testing.T) {
 	if _, err := (tpm2.ReadPublic{ObjectHandle: tpm2.TPMHandle(0x81000001)}).Execute(b.tpm); !errors.Is(err, tpm2.TPMRCHandle) {
 		t.Errorf("the storage key: %v", err)
 	}
-	if *proof.TPM != (ErasedTPM{"IBM", "removed", "removed"}) || len(proof.Problems) != 0 || proof.Completed {
+	if *proof.TPM != (erasure.TPM{Manufacturer: "IBM", Counter: "removed", StorageKey: "removed"}) || len(proof.Problems) != 0 || proof.Completed {
 		t.Errorf("TPM %+v, problems %q", *proof.TPM, proof.Problems)
 	}
-	var text bytes.Buffer
-	if _, err := proof.WriteTo(&text); err != nil {
-		t.Fatal(err)
-	}
-	var read Proof
-	if err := json.Unmarshal(text.Bytes(), &read); err != nil {
+	text := proof.Marshal()
+	read, err := erasure.Parse(text)
+	if err != nil {
 		t.Fatal(err)
 	}
 	for i, p := range b.parts() {
@@ -205,8 +203,77 @@ func TestDecommission(t *testing.T) {
 		}
 	}
 	b.wantDecommissioned(t, false)
-	if strings.Contains(text.String(), s.recoveryKey()) {
+	if strings.Contains(string(text), s.recoveryKey()) {
 		t.Error("the proof has the recovery key")
+	}
+}
+
+// signs has the box's TPM sign the proof over the challenge, if any, as OpenEraser does.
+func (b *box) signs(e *Eraser, challenge *attest.Challenge, s *session) {
+	e.Sign = func(t seal.TPM, p *erasure.Proof) error {
+		in := attest.Input{Challenge: challenge, Time: today, Statement: attest.Statement{Product: e.Name, Release: e.Version, Box: s.status.Volumes[0].UUID}}
+		for _, v := range s.status.Volumes {
+			in.Statement.Volumes = append(in.Statement.Volumes, attest.Volume{Name: v.Name, UUID: v.UUID, Method: v.Method})
+		}
+		return p.Sign(t, in)
+	}
+}
+
+// TestProofIsSigned by the TPM, over the vendor's challenge where there is one, also when
+// what the box had in the TPM is gone. A dead TPM keeps nothing from being destroyed.
+func TestProofIsSigned(t *testing.T) {
+	asked, err := attest.NewChallenge(today)
+	if err != nil {
+		t.Fatal(err)
+	}
+	policy := &attest.Policy{Now: today, SoftwareTPM: true}
+	for name, tt := range map[string]struct {
+		challenge *attest.Challenge
+		erase     func(*Eraser) (*erasure.Proof, error)
+		noTPM     error
+	}{
+		"decommissioned":           {nil, (*Eraser).Decommission, nil},
+		"decommissioned, asked":    {asked, (*Eraser).Decommission, nil},
+		"reset, asked":             {asked, (*Eraser).Reset, nil},
+		"decommissioned, no TPM":   {asked, (*Eraser).Decommission, seal.ErrNoTPM},
+		"reset, the TPM is silent": {asked, (*Eraser).Reset, errors.New("timeout")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBox(t, 2)
+			s := b.mustBoot("", "provisioned")
+			old := keyMaterial(t, b)
+			e := b.eraser(s)
+			b.signs(e, tt.challenge, s)
+			b.noTPM = tt.noTPM
+			p, err := tt.erase(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if left := survivors(t, b.disk, old); left != 0 {
+				t.Errorf("%d sectors of keys are left", left)
+			}
+			if p, err = erasure.Parse(p.Marshal()); err != nil {
+				t.Fatal(err)
+			}
+			v, err := p.Verify(tt.challenge, policy)
+			if tt.noTPM != nil {
+				if !errors.Is(err, erasure.ErrUnsigned) || !strings.Contains(p.Unsigned, tt.noTPM.Error()) {
+					t.Errorf("%v, unsigned because %q", err, p.Unsigned)
+				}
+				return
+			}
+			if err != nil || v.Result != attest.Unknown { // this vendor knows nothing of the box
+				t.Fatalf("%v, %+v", err, v)
+			}
+			for _, check := range []string{attest.CheckChallenge, attest.CheckSignature, attest.CheckRegisters, erasure.CheckErasure} {
+				if c := v.Of(check); c.Result != attest.Pass {
+					t.Errorf("%+v", c)
+				}
+			}
+			if fresh := v.Of(attest.CheckFreshness).Result; (fresh == attest.Pass) != (tt.challenge != nil) {
+				t.Errorf("freshness: %s", fresh)
+			}
+		})
 	}
 }
 

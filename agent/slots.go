@@ -29,8 +29,8 @@ import (
 // that the TPM opened therefore leaves the key on the first volume a second time,
 // encrypted under the secret that the TPM gave, beside the token of that secret. Reset
 // copies this to the ESP: no one but this TPM, in this state of the box, opens it there.
-// The next boot takes the key from it, before it makes new volumes, and removes it once
-// the new volumes have the key.
+// The next boot takes the key from it, before it makes new volumes, and overwrites it once
+// the new volumes have the key. The end of the box's life overwrites it, too.
 const (
 	slotKeyFile = "slots.key"
 	// slotCarryFile is on the first volume, slotCarryESP on the ESP after a reset.
@@ -315,6 +315,9 @@ func carrySlotKey(first string, disk *partition.Disk, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("the slots are encrypted and their key cannot be carried over: %w; restart the box so that the TPM opens the volumes, and reset it then", err)
 	}
+	if err := dropCarried(disk); err != nil { // an earlier one must not stay in free clusters
+		return err
+	}
 	esp, err := espOf(disk)
 	if err != nil {
 		return err
@@ -336,12 +339,18 @@ func readCarried(disk *partition.Disk) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(f, 0, min(f.Size(), maxSlotCarryBytes+1)))
 }
 
+// dropCarried overwrites and removes what is carried over: free clusters keep what was in
+// them, and the TPM would open it for the box's whole life.
 func dropCarried(disk *partition.Disk) error {
 	esp, err := espOf(disk)
 	if err != nil {
 		return err
 	}
-	if err := esp.Remove(slotCarryESP); !errors.Is(err, fs.ErrNotExist) {
+	err = esp.Overwrite(slotCarryESP)
+	if err == nil {
+		err = esp.Remove(slotCarryESP)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

@@ -3,6 +3,7 @@ package agent
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -278,6 +279,7 @@ func (s *session) folder(i int) string {
 func (b *slotBox) slotEraser(s *session) *Eraser {
 	e := b.eraser(s)
 	e.CarrySlotKey = func() error { return carrySlotKey(s.folder(0), b.disk(), today) }
+	e.DropSlotKey = func() error { return dropCarried(b.disk()) }
 	return e
 }
 
@@ -463,6 +465,55 @@ func TestDecommissionEndsTheSlots(t *testing.T) {
 			t.Errorf("it starts: %v", err)
 		}
 	})
+}
+
+// TestDecommissionAfterReset: what a reset left on the ESP for this TPM, and what earlier
+// ones did, is not there for good.
+func TestDecommissionAfterReset(t *testing.T) {
+	b := newSlotBox(t, 1)
+	s, key := b.mustStart("", "provisioned")
+	var carried [][]byte
+	carry := func() {
+		t.Helper()
+		if _, err := b.slotEraser(s).Reset(); err != nil {
+			t.Fatal(err)
+		}
+		text, err := readCarried(b.disk())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, _, err := readSlotCarry(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		carried = append(carried, []byte(base64.StdEncoding.EncodeToString(c.Key)))
+	}
+	carry()
+	var again []byte
+	if s, again = b.mustStart("", "provisioned"); !bytes.Equal(key, again) {
+		t.Fatal("another key")
+	}
+	carry()
+	proof, err := b.slotEraser(s).Decommission()
+	if err != nil || !strings.Contains(proof.Slots, "destroyed with the volumes") || len(proof.Problems) != 0 {
+		t.Fatalf("%+v, %v", proof, err)
+	}
+	if _, err := readCarried(b.disk()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the key is carried over: %v", err)
+	}
+	dev, part, err := b.disk().Partition(partition.ESPName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	esp := make([]byte, part.SizeBytes)
+	if _, err := dev.ReadAt(esp, 0); err != nil {
+		t.Fatal(err)
+	}
+	for i, text := range carried {
+		if bytes.Contains(esp, text) {
+			t.Errorf("the key that reset %d carried over is in the boot partition's clusters, for this TPM to open", i)
+		}
+	}
 }
 
 // TestSlotCarryIsRead: what is on the ESP may have been written by anybody.

@@ -222,12 +222,7 @@ func (s *system) status() *Status {
 	out := s.initrd
 	out.Problems = slices.Concat(out.Problems, s.problems)
 	s.mu.Unlock()
-	if disk, err := openSlots(out.Disk, out.Slot); err == nil {
-		if out.Slots, err = disk.describe(); err != nil {
-			out.Problems = append(out.Problems, err.Error())
-		}
-		disk.close()
-	}
+	out.describeSlots()
 	s.describeStates(&out)
 	out.Keys = s.keys.Load()
 	out.ResidentBytes, out.PeakBytes = ownMemory()
@@ -250,6 +245,18 @@ func (s *system) status() *Status {
 		}
 	}
 	return &out
+}
+
+// describeSlots lists what is installed.
+func (s *Status) describeSlots() {
+	disk, err := openSlots(s.Disk, s.Slot)
+	if err != nil {
+		return
+	}
+	defer disk.close()
+	if s.Slots, err = disk.describe(); err != nil {
+		s.Problems = append(s.Problems, err.Error())
+	}
 }
 
 // ownMemory is what the kernel says of this process (proc(5)); zero when it does not.

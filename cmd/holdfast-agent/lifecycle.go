@@ -14,55 +14,75 @@ import (
 	"strings"
 
 	"github.com/holdfast-os/holdfast/agent"
+	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 )
 
 // reset is the verb of that name.
 func reset(ctx context.Context, c *agent.Client, args []string) error {
 	flags := flag.NewFlagSet("reset", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	factory, yes := flags.Bool("factory", false, ""), flags.Bool("yes", false, "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 || !*factory {
+	factory := flags.Bool("factory", false, "")
+	o, err := parseErasure(flags, args)
+	if err != nil || !*factory {
 		return errUsage
 	}
-	s, e, err := eraser(ctx, c, *yes, "ALL DATA of this box is destroyed, and it is provisioned anew, with another recovery key, when it starts the next time.")
-	if err != nil {
-		return err
-	}
-	proof, err := e.Reset()
-	if err != nil {
-		return err
-	}
-	if _, err := proof.WriteTo(os.Stdout); err != nil {
-		return err
-	}
-	return powerAfter(ctx, c, true, s)
+	return o.run(ctx, c, true, "ALL DATA of this box is destroyed, and it is provisioned anew, with another recovery key, when it starts the next time.", (*agent.Eraser).Reset)
 }
 
 // decommission is the verb of that name.
 func decommission(ctx context.Context, c *agent.Client, args []string) error {
-	flags := flag.NewFlagSet("decommission", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	yes, path := flags.Bool("yes", false, ""), flags.String("proof", "", "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 {
+	o, err := parseErasure(flag.NewFlagSet("decommission", flag.ContinueOnError), args)
+	if err != nil {
 		return errUsage
 	}
-	// What could not be written afterwards is found out before.
+	return o.run(ctx, c, false, "ALL DATA of this box is destroyed, and it does not start again until an image is written anew.", (*agent.Eraser).Decommission)
+}
+
+// erasureOptions are those of both verbs.
+type erasureOptions struct {
+	yes              bool
+	proof, challenge string
+}
+
+func parseErasure(flags *flag.FlagSet, args []string) (o erasureOptions, err error) {
+	flags.SetOutput(io.Discard)
+	flags.BoolVar(&o.yes, "yes", false, "")
+	flags.StringVar(&o.proof, "proof", "", "")
+	flags.StringVar(&o.challenge, "challenge", "", "")
+	if flags.Parse(args) != nil || flags.NArg() > 0 || o.challenge != "" && o.proof == "" {
+		return o, errUsage
+	}
+	return o, nil
+}
+
+// run erases. What could not be read or written afterwards is found out before.
+func (o erasureOptions) run(ctx context.Context, c *agent.Client, reboot bool, warning string, erase func(*agent.Eraser) (*erasure.Proof, error)) error {
+	var challenge *attest.Challenge
+	if o.challenge != "" {
+		b, err := readChallenge(o.challenge)
+		if err != nil {
+			return err
+		}
+		if challenge, err = attest.ParseChallenge(b); err != nil {
+			return err
+		}
+	}
 	var file *os.File
-	if *path != "" {
+	if o.proof != "" && o.proof != "-" {
 		var err error
-		if file, err = os.OpenFile(*path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644); err != nil {
+		if file, err = os.OpenFile(o.proof, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644); err != nil {
 			return err
 		}
 		defer file.Close()
 	}
-	proof, s, err := func() (agent.Proof, *agent.Status, error) {
-		s, e, err := eraser(ctx, c, *yes, "ALL DATA of this box is destroyed, and it does not start again until an image is written anew.")
-		if err != nil {
-			return agent.Proof{}, nil, err
+	s, e, err := eraser(ctx, c, o.yes, challenge, warning)
+	var proof *erasure.Proof
+	if err == nil {
+		if o.proof == "" { // a signed one is long, and would be lost on a console
+			e.Sign, e.Unsigned = nil, "nobody asked for it: no --proof"
 		}
-		proof, err := e.Decommission()
-		return proof, s, err
-	}()
+		proof, err = erase(e)
+	}
 	if err != nil {
 		if file != nil {
 			os.Remove(file.Name())
@@ -81,11 +101,14 @@ func decommission(ctx context.Context, c *agent.Client, args []string) error {
 	for _, p := range proof.Problems {
 		fmt.Fprintln(os.Stderr, "warning:", p)
 	}
-	return powerAfter(ctx, c, false, s)
+	if o.proof != "" && proof.Unsigned != "" {
+		fmt.Fprintln(os.Stderr, "warning: the proof is not signed:", proof.Unsigned)
+	}
+	return powerAfter(ctx, c, reboot, s)
 }
 
 // keepProof writes the proof so that it is on the medium when the power goes.
-func keepProof(p agent.Proof, file *os.File) error {
+func keepProof(p *erasure.Proof, file *os.File) error {
 	if file == nil {
 		return nil
 	}
@@ -104,12 +127,12 @@ func keepProof(p agent.Proof, file *os.File) error {
 }
 
 // eraser has a person confirm, and opens what is to be erased.
-func eraser(ctx context.Context, c *agent.Client, yes bool, warning string) (*agent.Status, *agent.Eraser, error) {
+func eraser(ctx context.Context, c *agent.Client, yes bool, challenge *attest.Challenge, warning string) (*agent.Status, *agent.Eraser, error) {
 	s, err := c.Status(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	e, err := agent.OpenEraser(slog.New(slog.NewTextHandler(os.Stderr, nil)))
+	e, err := agent.OpenEraser(slog.New(slog.NewTextHandler(os.Stderr, nil)), challenge)
 	if err != nil || yes {
 		return s, e, err
 	}

@@ -55,10 +55,11 @@ const usage = `usage: holdfast-agent VERB
   doctor [--policy NAME] [--json]
                          is this box fit to keep data? 0 it is, 1 it is not; needs no
                          agent: from any Linux, before an installation
-  reset --factory [--yes]
+  reset --factory [--proof FILE [--challenge FILE]] [--yes]
                          destroy all data and its keys; the next start makes new volumes
-  decommission [--proof FILE] [--yes]
-                         destroy them for good, with a proof in JSON, and switch off
+  decommission [--proof FILE [--challenge FILE]] [--yes]
+                         destroy them for good, and switch off; the proof in FILE is signed by
+                         the TPM, also over the vendor's challenge (holdfast attest erasure)
   version
 
 exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or to change, not on trial

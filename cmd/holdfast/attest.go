@@ -29,6 +29,7 @@ const attestUsage = `usage: holdfast attest VERB [OPTIONS] ...
   challenge              make the file that boxes answer; with --answer, for first contact
   verify ANSWER          judge an answer, or a folder of them  [--json]
   export ANSWER -o FILE  an answer in the format of go-tpm-tools, for other verifiers
+  erasure PROOF          judge a box's proof that the keys of its data are destroyed  [--json]
   corim -o FILE          the releases' reference values as a CoRIM, for other verifiers
 
 A first contact takes two answers, the second to a challenge with --answer FIRST.
@@ -37,12 +38,13 @@ example:
   holdfast attest challenge -o stick/
   holdfast attest verify stick/ --challenge holdfast-challenge-5f3a9c01.json \
     --roots tpm-roots/ --repo repo --keys keys --records boxes/
-exit codes: 0 every answer is good, 1 failed, 2 usage, 3 an answer failed or is unknown
+exit codes: 0 every answer is good, 1 failed, 2 usage, 3 an answer failed or is unknown,
+  5 a proof that no TPM signed
 `
 
 func runAttest(ctx context.Context, c *cli, args []string) error {
 	if len(args) == 0 {
-		return usageError{"attest wants a verb: challenge, verify, export or corim", "holdfast attest -h"}
+		return usageError{"attest wants a verb: challenge, verify, export, erasure or corim", "holdfast attest -h"}
 	}
 	switch args[0] {
 	case "challenge":
@@ -51,6 +53,8 @@ func runAttest(ctx context.Context, c *cli, args []string) error {
 		return attestVerify(ctx, c, args[1:])
 	case "export":
 		return attestExport(ctx, c, args[1:])
+	case "erasure":
+		return attestErasure(ctx, c, args[1:])
 	case "corim":
 		return attestCoRIM(ctx, c, args[1:])
 	case "help", "-h", "--help":
@@ -154,7 +158,8 @@ type attestOptions struct {
 	maxAge                                     time.Duration
 }
 
-func (o *attestOptions) flags(f *flag.FlagSet) {
+// judging are the flags for what answers and proofs are judged by.
+func (o *attestOptions) judging(f *flag.FlagSet) {
 	f.Var(&o.challenges, "challenge", "`file` or folder with the challenges as they were sent; repeat")
 	f.Var(&o.roots, "roots", "`file` or folder with certificates of TPM manufacturers, PEM or DER; repeat")
 	f.StringVar(&o.repo, "repo", "", "`folder` of the update repository: its releases may run")
@@ -164,14 +169,19 @@ func (o *attestOptions) flags(f *flag.FlagSet) {
 	f.Var(&o.dbx, "dbx", "`file` with revocations that a box must have: a signature list or .auth; repeat")
 	f.Var(&o.programs, "program", "Authenticode `digest` in hex of a program that firmware may start before the loader; repeat")
 	f.StringVar(&o.records, "records", "", "`folder` with what is recorded of the boxes")
-	f.BoolVar(&o.record, "record", false, "record the boxes whose answers are good")
 	f.BoolVar(&o.firstContact, "first-contact", false, "take boxes that nothing is recorded of")
 	f.StringVar(&o.accept, "accept", "", "comma-separated `checks` that may be unknown")
 	f.BoolVar(&o.software, "software-tpm", false, "take TPMs that are programs")
 	f.BoolVar(&o.insecure, "no-secure-boot", false, "take boxes whose Secure Boot is off")
 	f.DurationVar(&o.maxAge, "max-age", 30*24*time.Hour, "how old a challenge may be")
-	f.StringVar(&o.files, "files", "", "`folder` to write the answers' files to: journal, logs")
 	f.BoolVar(&o.asJSON, "json", false, "one JSON object instead of text")
+}
+
+// flags are those of verify.
+func (o *attestOptions) flags(f *flag.FlagSet) {
+	o.judging(f)
+	f.BoolVar(&o.record, "record", false, "record the boxes whose answers are good")
+	f.StringVar(&o.files, "files", "", "`folder` to write the answers' files to: journal, logs")
 }
 
 func attestVerify(ctx context.Context, c *cli, args []string) error {
@@ -382,14 +392,11 @@ func readChallenges(paths []string) (list []*attest.Challenge, err error) {
 // cannot be read, has failed, and keeps nobody from judging the others.
 func (o *attestOptions) judge(files []string, challenges []*attest.Challenge, policy *attest.Policy) (*attestation, error) {
 	result := &attestation{Type: "attestation", Answers: make([]judged, len(files))}
-	var records attest.Records
-	if o.records != "" {
-		records.Dir = os.DirFS(o.records)
-	}
+	records := recordsIn(o.records)
 	var items []attest.Item
 	var at []int // the place of each item among the answers
 	for i, file := range files {
-		item, err := o.item(file, challenges, &records)
+		item, err := o.item(file, challenges, records)
 		result.Answers[i] = judged{File: file, Recorded: item.Known != nil}
 		if err != nil {
 			result.Answers[i].Verdict = notJudged(err.Error(), "Nothing was verified. A damaged answer is fetched again; a damaged record comes from a copy, or is removed for a new first contact.")
@@ -400,11 +407,19 @@ func (o *attestOptions) judge(files []string, challenges []*attest.Challenge, po
 	verdicts := attest.VerifyAll(items, policy)
 	for i, v := range verdicts {
 		result.Answers[at[i]].Verdict = v
-		if err := o.keep(items[i], &records, &result.Answers[at[i]]); err != nil {
+		if err := o.keep(items[i], records, &result.Answers[at[i]]); err != nil {
 			return nil, err
 		}
 	}
 	return result, nil
+}
+
+// recordsIn are those in the folder; "" has none.
+func recordsIn(dir string) *attest.Records {
+	if dir == "" {
+		return &attest.Records{}
+	}
+	return &attest.Records{Dir: os.DirFS(dir)}
 }
 
 func notJudged(text, meaning string) attest.Verdict {
@@ -580,24 +595,29 @@ func (r *attestation) print(s *sheet) {
 			who += ": " + a.Verdict.Device
 		}
 		s.line(who + ": " + strings.ToUpper(string(a.Verdict.Result)))
-		for _, check := range a.Verdict.Checks {
-			if len(r.Answers) > 1 && check.Result == attest.Pass {
-				continue
-			}
-			result := string(check.Result)
-			if slices.Contains(a.Verdict.Accepted, check.Name) {
-				result = "accepted"
-			}
-			s.fact(result, check.Name, check.Text)
-			if check.Event != "" {
-				s.fact("", "", "differs: "+check.Event)
-			}
-			if check.Meaning != "" {
-				s.fact("", "", check.Meaning)
-			}
-		}
+		s.checks(a.Verdict, len(r.Answers) > 1)
 	}
 	s.line(fmt.Sprintf("%d good, %d unknown, %d failed", r.count(attest.Pass), r.count(attest.Unknown), r.count(attest.Fail)))
+}
+
+// checks are the rows of a verdict; brief leaves out what is in order.
+func (s *sheet) checks(v attest.Verdict, brief bool) {
+	for _, check := range v.Checks {
+		if brief && check.Result == attest.Pass {
+			continue
+		}
+		result := string(check.Result)
+		if slices.Contains(v.Accepted, check.Name) {
+			result = "accepted"
+		}
+		s.fact(result, check.Name, check.Text)
+		if check.Event != "" {
+			s.fact("", "", "differs: "+check.Event)
+		}
+		if check.Meaning != "" {
+			s.fact("", "", check.Meaning)
+		}
+	}
 }
 
 // err is what makes the exit code 3.

@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/seal/attest"
+	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
@@ -100,4 +101,32 @@ func (b *boxes) answer(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(err)
 	ts.Check(os.MkdirAll(ts.MkAbs(args[2]), 0o755))
 	ts.Check(os.WriteFile(filepath.Join(ts.MkAbs(args[2]), a.FileName(in.Challenge)), a.Marshal(), 0o644))
+}
+
+// erase is the command erase NAME PROOF [CHALLENGE]: the box's life is over. A CHALLENGE
+// "none" is a box whose TPM is dead.
+func (b *boxes) erase(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 || len(args) > 3 {
+		ts.Fatalf("usage: erase NAME PROOF [CHALLENGE]")
+	}
+	box := b.all[ts.MkAbs(args[0])]
+	in := box.input
+	const marker = "HOLDFAST-DECOMMISSIONED\n"
+	p := erasure.New(erasure.Decommission, in.Statement.Product, in.Statement.Release, marker, time.Now())
+	p.Volumes = []erasure.Volume{{Name: "data", UUID: in.Statement.Box, Keyslots: 3, AreaBytes: erasure.HeadBytes,
+		Before: erasure.Overwritten("keys", erasure.HeadBytes), After: erasure.Overwritten(marker, erasure.HeadBytes)}}
+	in.Statement.Volumes = []attest.Volume{{Name: "data", UUID: in.Statement.Box, Method: "tpm"}}
+	switch {
+	case len(args) == 3 && args[2] == "none":
+		p.Unsigned = "TPM: there is none"
+	case len(args) == 3:
+		text, err := os.ReadFile(ts.MkAbs(args[2]))
+		ts.Check(err)
+		in.Challenge, err = attest.ParseChallenge(text)
+		ts.Check(err)
+		fallthrough
+	default:
+		ts.Check(p.Sign(box.tpm, in))
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[1]), p.Marshal(), 0o644))
 }

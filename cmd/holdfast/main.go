@@ -1,7 +1,8 @@
 // Command holdfast builds, runs and explains sealed appliances.
 //
 // Data goes to standard output, "error:" and "hint:" lines to standard error.
-// Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures.
+// Exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures,
+// 5 unsigned: what a box's TPM should have signed, and did not.
 package main
 
 import (
@@ -19,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/image/spec"
+	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/update"
 	"github.com/holdfast-os/holdfast/update/repo"
@@ -34,6 +36,7 @@ const (
 	exitUsage  = 2
 	exitVerify = 3
 	exitWaits  = 4
+	exitBare   = 5 // nothing is wrong with it, but no TPM signed it
 )
 
 const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
@@ -51,7 +54,7 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
   apply BUNDLE --disk D  write it into the free slot of a disk on the bench
   escrow VERB FILE       a box's escrowed recovery key: inspect, receipt, newkey
   recover ESCROW --key K the recovery key in it
-  attest VERB            challenge boxes, and verify their answers
+  attest VERB            challenge boxes, verify their answers, and proofs of erasure
   version
 
 example:
@@ -59,7 +62,7 @@ example:
   holdfast build ledger.yaml -o out && holdfast run out
 
 'holdfast VERB -h' tells a verb's options.
-exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures
+exit codes: 0 done, 1 failed, 2 usage, 3 verification failed, 4 waits for signatures, 5 unsigned
 `
 
 // verb is one subcommand. run gets the arguments behind the verb's name.
@@ -179,6 +182,9 @@ func exitCode(err error) int {
 	var waits *repo.PendingError
 	if errors.As(err, &waits) {
 		return exitWaits
+	}
+	if errors.Is(err, erasure.ErrUnsigned) {
+		return exitBare
 	}
 	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder, escrow.ErrSignature} {
 		if errors.Is(err, untrusted) {

@@ -56,6 +56,8 @@ func TestMain(m *testing.M) {
 //	mkbox NAME KEYS RELEASE    a box that runs the release, and NAME.root.pem, who made its TPM
 //	answer NAME CHALLENGE FOLDER
 //	                           the box answers a challenge
+//	erase NAME PROOF [CHALLENGE]
+//	                           it destroys the keys of its data; CHALLENGE none: its TPM is dead
 //	kernel FILE                Debian's kernel package
 //	program FILE BYTES         a static program, with that much noise; it does nothing
 func TestScripts(t *testing.T) {
@@ -76,7 +78,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS, "mkescrow": scriptEscrow,
-			"mkbox": b.boot, "answer": b.answer, "kernel": linkKernel, "program": scriptProgram, "age": scriptAge, "mkrepo": scriptRepo,
+			"mkbox": b.boot, "answer": b.answer, "erase": b.erase, "kernel": linkKernel, "program": scriptProgram, "age": scriptAge, "mkrepo": scriptRepo,
 			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},
 	})

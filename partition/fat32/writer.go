@@ -305,6 +305,27 @@ func (fs *FS) remove(path string) error {
 	return fs.free(r.entry.cluster())
 }
 
+// Overwrite writes zeros over all clusters of a file, where they lie, for [FS.Remove]
+// leaves what was in them. Name and length stay. A missing file is [io/fs.ErrNotExist].
+func (fs *FS) Overwrite(path string) error {
+	f, err := fs.Open(path)
+	if err != nil {
+		return fmt.Errorf("overwrite %s: %w", path, err)
+	}
+	zeros := make([]byte, fs.geo.clusterBytes())
+	for _, r := range f.runs {
+		for at := int64(0); at < r.bytes; at += int64(len(zeros)) {
+			if err := fs.writeAt(zeros, r.devOff+at); err != nil {
+				return fmt.Errorf("overwrite %s: %w", path, err)
+			}
+		}
+	}
+	if err := fs.sync(); err != nil {
+		return fmt.Errorf("overwrite %s: %w", path, err)
+	}
+	return nil
+}
+
 // Rename changes the name of a file or folder within its folder. A taken new
 // name is [io/fs.ErrExist], unless it differs from the old one only in case.
 //

@@ -20,6 +20,9 @@ type Policy struct {
 	// MaxAge is how long ago the challenge may have been made; 0 means 30 days, which is
 	// enough for a stick to come back.
 	MaxAge time.Duration
+	// Unasked says that the challenge is not the verifier's own: the box made it. How
+	// fresh the answer is, is then unknown.
+	Unasked bool
 	// Roots are the TPM manufacturers'.
 	Roots *Roots
 	// SoftwareTPM takes TPMs that are programs (swtpm, a cloud's), where their

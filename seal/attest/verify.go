@@ -227,6 +227,8 @@ func (w *verification) fresh() {
 	switch {
 	case w.c == nil || w.p.Now.IsZero():
 		w.unknown(CheckFreshness, "without a challenge and the time there is no age")
+	case w.p.Unasked:
+		w.unknown(CheckFreshness, "nobody asked; the box's clock said %s", w.c.Time.Format(timeForm))
 	case w.c.Time.After(w.p.Now.Add(maxClockSkew)):
 		w.fail(CheckFreshness, fmt.Sprintf("the challenge is of %s, which is still to come", w.c.Time.Format(timeForm)), "time of the challenge", "This computer's clock is wrong, or that of the one which made the challenge.")
 	case w.p.Now.Sub(w.c.Time) > maxAge:
