@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 	"github.com/holdfast-os/holdfast/update"
@@ -52,6 +54,9 @@ type Custody struct {
 	Now  func() time.Time
 	// Rand defaults to crypto/rand.
 	Rand io.Reader
+	// OpenTPM opens the TPM that signs escrows; what can be closed is. Without it, and
+	// where it fails, they are signed by the box's key alone.
+	OpenTPM func() (seal.TPM, error)
 
 	mu sync.Mutex // held over every use of the folder
 	// news is sent to after each change, for who delivers the escrow.
@@ -204,7 +209,7 @@ func (c *Custody) makeEscrow(key *luks2.RecoveryKey, serial int, uuids []string)
 		p.Holders = append(p.Holders, escrow.Holder(h))
 	}
 	subject := escrow.Subject{Box: uuids[0], Volumes: uuids, Product: c.Product, Release: c.Release, Serial: serial, Time: c.Now()}
-	e, err := escrow.New(key, subject, p, private, c.random())
+	e, err := escrow.New(key, subject, p, private, c.random(), c.endorse)
 	if err != nil {
 		return err
 	}
@@ -212,6 +217,25 @@ func (c *Custody) makeEscrow(key *luks2.RecoveryKey, serial int, uuids []string)
 		return err
 	}
 	return c.keep(c.escrowPath(serial), e.Marshal())
+}
+
+// endorse has the TPM sign. An escrow without that is better than none.
+func (c *Custody) endorse(document []byte) (*attest.Endorsement, error) {
+	if c.OpenTPM == nil {
+		return nil, nil
+	}
+	tpm, err := c.OpenTPM()
+	if err == nil {
+		if c, ok := tpm.(io.Closer); ok {
+			defer c.Close()
+		}
+		var e *attest.Endorsement
+		if e, err = attest.Endorse(tpm, document); err == nil {
+			return e, nil
+		}
+	}
+	c.Log.Warn("the escrow is not signed by the TPM", "error", err)
+	return nil, nil
 }
 
 func (c *Custody) random() io.Reader {

@@ -19,6 +19,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
@@ -30,6 +31,7 @@ func (s *system) newCustody() *Custody {
 	}
 	c := newCustody(s.log, s.app, "/")
 	c.Open = func() ([]Partition, io.Closer, error) { return openData(s.initrd.Disk, s.app.Volumes) }
+	c.OpenTPM = func() (seal.TPM, error) { return seal.OpenDevice() }
 	return c
 }
 

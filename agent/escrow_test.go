@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/seal"
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
@@ -122,6 +124,50 @@ func (c *Custody) wantEscrow(t testing.TB, want string) {
 	t.Helper()
 	if s := c.Status(); s.Escrow != want {
 		t.Errorf("escrow %q, want %q: %+v", s.Escrow, want, s)
+	}
+}
+
+// TestEscrowIsSignedByTheTPM at the first boot and when the key is replaced, with the key
+// that answers challenges. Without the TPM there is an escrow all the same.
+func TestEscrowIsSignedByTheTPM(t *testing.T) {
+	b, k := newBox(t, 1), newKeepers(t, 1, 1)
+	s, c := b.mustProvision(k.config)
+	first, err := c.Escrow()
+	if err != nil || first.TPM == nil {
+		t.Fatalf("%v, %+v", err, first)
+	}
+	asked, err := attest.NewChallenge(today)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, err := attest.Attest(b.tpm, attest.Input{Challenge: asked, Time: today})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ak := sha256.Sum256(a.AKPublic)
+	record := &attest.Record{Box: s.status.Volumes[0].UUID, AK: "000b" + hex.EncodeToString(ak[:])}
+	if err := first.By(record); err != nil {
+		t.Error(err)
+	}
+	for _, fault := range []error{nil, seal.ErrNoTPM} {
+		c.OpenTPM = func() (seal.TPM, error) { return b.tpm, fault }
+		r, err := c.Replace()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Commit(r.Serial); err != nil {
+			t.Fatal(err)
+		}
+		e, err := c.Escrow()
+		if err != nil || e.Serial != r.Serial {
+			t.Fatalf("%v, %+v", err, e)
+		}
+		if err := e.SameBox(first); err != nil {
+			t.Error(err)
+		}
+		if err := e.By(record); (fault == nil) != (err == nil) || fault != nil && !errors.Is(err, escrow.ErrUnsigned) {
+			t.Errorf("with %v: %v", fault, err)
+		}
 	}
 }
 

@@ -17,7 +17,7 @@ func (m *Machine) handOver(b image.Boot, vols []*volume, key *luks2.RecoveryKey)
 	r := b.Appliance.Recovery
 	if len(r.Holders) > 0 {
 		c := newCustody(m.Log, b.Appliance, m.Root)
-		c.Rand = m.Rand
+		c.Rand, c.OpenTPM = m.Rand, m.openTPM
 		var uuids []string
 		for _, v := range vols {
 			uuids = append(uuids, v.header.UUID())

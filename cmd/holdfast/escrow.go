@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -15,6 +16,7 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/escrow"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
@@ -58,6 +60,33 @@ func readEscrow(path, earlier string) (*escrow.Escrow, error) {
 	return e, nil
 }
 
+// recordsFlag is for who knows his boxes.
+func recordsFlag(f *flag.FlagSet) *string {
+	return f.String("records", "", "`folder` with what attest verify recorded of the boxes: the TPM recorded must have signed")
+}
+
+// recordedTPM wants that; records may be "".
+func recordedTPM(path string, e *escrow.Escrow, records string) error {
+	if records == "" {
+		return nil
+	}
+	if e.TPM == nil {
+		return fmt.Errorf("%s: %w", path, escrow.ErrUnsigned)
+	}
+	r, _, err := recordsIn(records).Find(&attest.Answer{AKPublic: e.TPM.AKPublic, Statement: &attest.Statement{Box: e.Box}})
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", records, err)
+	case r == nil:
+		return hinted{fmt.Errorf("%w: %s: nothing is recorded of box %s", errVerification, path, e.Box),
+			"first contact: holdfast attest challenge, and attest verify with --record"}
+	}
+	if err := e.By(r); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
+}
+
 // escrowFacts is what inspect tells.
 type escrowFacts struct {
 	Type      string    `json:"type"` // "escrow"
@@ -75,6 +104,10 @@ type escrowFacts struct {
 	SHA256     string   `json:"sha256"`
 	// BoxKey is the SHA-256 of the key that the box signs with.
 	BoxKey string `json:"box_key_sha256"`
+	// TPM is the name of the TPM's key that signed, too; empty where none did.
+	TPM string `json:"ak_name,omitempty"`
+	// Recorded says that this is the key recorded of the box.
+	Recorded bool `json:"recorded"`
 }
 
 func (f *escrowFacts) wrong() []string { return nil }
@@ -87,6 +120,9 @@ func factsOf(e *escrow.Escrow) *escrowFacts {
 	}
 	for _, s := range e.Shares {
 		f.Holders, f.Recipients = append(f.Holders, s.Name), append(f.Recipients, s.Recipient)
+	}
+	if e.TPM != nil {
+		f.TPM = e.TPM.Key()
 	}
 	return f
 }
@@ -105,25 +141,40 @@ func (f *escrowFacts) print(s *sheet) {
 	}
 	s.fact("sha256", f.SHA256)
 	s.fact("signed by", "box key "+f.BoxKey)
+	switch {
+	case f.TPM == "":
+		s.fact("", "no TPM")
+	case f.Recorded:
+		s.fact("", "TPM key "+f.TPM+", which is recorded of the box")
+	default:
+		s.fact("", "TPM key "+f.TPM+", of a box that says it is this one")
+	}
 }
 
 func escrowInspect(_ context.Context, c *cli, args []string) error {
 	f := c.flags("escrow inspect", "ESCROW", `Say whose recovery key is in ESCROW and who can read it, and check the box's
-signature. No key is needed. The signature shows that nothing was changed since;
-that it is the same box as ever, only --previous does. Exit code 3: it is not.
+signatures. No key is needed. They show that nothing was changed since; that it is the
+same box as ever, only --previous does, and which box it is, --records: the TPM that is
+recorded of it signed. Exit code 3: it is not. 5: no TPM signed, and --records is given.
 
 example: holdfast escrow inspect holdfast-escrow-ledger-0b7d9f0e-1.json`)
 	previous := f.String("previous", "", "`file` with an earlier escrow, which must be of the same box")
+	records := recordsFlag(f)
 	asJSON := f.Bool("json", false, "one JSON object instead of text")
 	rest, err := parse(f, args, 1)
 	if err != nil {
 		return err
 	}
 	e, err := readEscrow(rest[0], *previous)
+	if err == nil {
+		err = recordedTPM(rest[0], e, *records)
+	}
 	if err != nil {
 		return err
 	}
-	return show(c, factsOf(e), *asJSON)
+	facts := factsOf(e)
+	facts.Recorded = *records != ""
+	return show(c, facts, *asJSON)
 }
 
 func escrowReceipt(_ context.Context, c *cli, args []string) error {
@@ -134,6 +185,7 @@ takes no update before. Keep the escrow first, in more than one place.
 example: holdfast escrow receipt holdfast-escrow-ledger-0b7d9f0e-1.json --key receipt.key --opens keys/escrow.key`)
 	key := f.String("key", "", "`file` with the Ed25519 key of recovery.receipt_key, from holdfast escrow newkey")
 	previous := f.String("previous", "", "`file` with an earlier escrow, which must be of the same box")
+	records := recordsFlag(f)
 	opens := f.String("opens", "", "`file` with an age key: acknowledge only what it opens its share of")
 	out := f.String("o", "", "`file` to write; - is standard output (default the name that the box looks for)")
 	rest, err := parse(f, args, 1)
@@ -153,6 +205,9 @@ example: holdfast escrow receipt holdfast-escrow-ledger-0b7d9f0e-1.json --key re
 		return fmt.Errorf("%s: %w", *key, err)
 	}
 	e, err := readEscrow(rest[0], *previous)
+	if err == nil {
+		err = recordedTPM(rest[0], e, *records)
+	}
 	if err != nil {
 		return err
 	}
@@ -247,13 +302,15 @@ prompt, or with cryptsetup open on a disk that was taken out.
 
 Where several holders are needed, give all their keys, or have each write his share
 and give those. Shares are as secret as keys: enough of them and the escrow give the
-recovery key. Encrypt one that travels: age -r RECIPIENT.
+recovery key. Encrypt one that travels: age -r RECIPIENT. Exit codes with --records: 3
+when another TPM signed than is recorded of the box, 5 when none did.
 
 example: holdfast recover holdfast-escrow-ledger-0b7d9f0e-1.json --key keys/escrow.key`)
 	var keys, shares texts
 	f.Var(&keys, "key", "`file` with an age key of a holder; - is standard input; may be given again")
 	f.Var(&shares, "share", "`file` with another holder's share; may be given again")
 	out := f.String("share-out", "", "write this holder's share to `file`, and no recovery key")
+	records := recordsFlag(f)
 	asJSON := f.Bool("json", false, "one JSON object instead of the key alone")
 	rest, err := parse(f, args, 1)
 	switch {
@@ -265,6 +322,9 @@ example: holdfast recover holdfast-escrow-ledger-0b7d9f0e-1.json --key keys/escr
 		return usageError{"--share-out writes a share and nothing else", "holdfast recover -h"}
 	}
 	e, err := readEscrow(rest[0], "")
+	if err == nil {
+		err = recordedTPM(rest[0], e, *records)
+	}
 	if err != nil {
 		return err
 	}

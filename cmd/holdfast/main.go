@@ -183,7 +183,7 @@ func exitCode(err error) int {
 	if errors.As(err, &waits) {
 		return exitWaits
 	}
-	if errors.Is(err, erasure.ErrUnsigned) {
+	if errors.Is(err, erasure.ErrUnsigned) || errors.Is(err, escrow.ErrUnsigned) {
 		return exitBare
 	}
 	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder, escrow.ErrSignature} {

@@ -53,6 +53,8 @@ func TestMain(m *testing.M) {
 //	mkluks FILE                a volume by our own package
 //	mkescrow VOLUME ESCROW SERIAL THRESHOLD RECIPIENT...
 //	                           a volume and its recovery key, encrypted to the keys in these files
+//	mkescrowof BOX RECORDS VOLUME ESCROW SERIAL THRESHOLD RECIPIENT...
+//	                           one that the box's TPM signs, and what is recorded of that
 //	mkbox NAME KEYS RELEASE    a box that runs the release, and NAME.root.pem, who made its TPM
 //	answer NAME CHALLENGE FOLDER
 //	                           the box answers a challenge
@@ -78,7 +80,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"code": wantCode, "atmost": wantLines, "holds": wantEntries, "perm": wantMode, "json": wantJSON,
 			"flip": flip, "cut": cut, "mkrelease": scriptRelease, "mkdisk": scriptDisk, "mkluks": scriptLUKS, "mkescrow": scriptEscrow,
-			"mkbox": b.boot, "answer": b.answer, "erase": b.erase, "kernel": linkKernel, "program": scriptProgram, "age": scriptAge, "mkrepo": scriptRepo,
+			"mkbox": b.boot, "answer": b.answer, "erase": b.erase, "mkescrowof": b.escrow, "kernel": linkKernel, "program": scriptProgram, "age": scriptAge, "mkrepo": scriptRepo,
 			"mkregistry": scriptRegistry, "mkimage": scriptImage, "device": scriptDevice,
 		},
 	})

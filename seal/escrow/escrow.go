@@ -26,18 +26,21 @@
 //
 // # Signatures
 //
-// The box signs an escrow with an Ed25519 key that it made when it was
-// provisioned and keeps on its data volume. That key is certified by nobody. It
-// shows that a later escrow is from the box that an earlier one came from
-// ([Escrow.SameBox]), and that nothing was changed since; not, by itself, which box
-// that is. The signature names its scheme, so that one by a key of the TPM can take its place.
+// The box signs an escrow twice. With an Ed25519 key that it made when it was
+// provisioned and keeps on its data volume: that shows that a later escrow is from the
+// box that an earlier one came from ([Escrow.SameBox]), and that nothing was changed
+// since. And with its TPM's attestation key ([Escrow.TPM]), over the same content and so
+// over the first key too: that shows which box it is, to who keeps a record of it
+// ([Escrow.By]; see package attest). A box whose TPM does not answer leaves the second
+// one out.
 //
 // # What it does not protect
 //
 // Whoever opens enough shares has the key, and with it the data of a disk that is in
 // his hands; nothing tells the box. A holder's age key that gets known opens every
 // escrow made for it, older ones too: make other keys, and replace the boxes' recovery
-// keys. Who can write to the box's data volume can sign in its name.
+// keys. Who can write to the box's data volume can sign in its name, and who can start
+// another system on the box can have its TPM sign.
 // Who can change an escrow on its way can make it useless, and is found out by
 // the signature only where the box's key is known.
 //
@@ -59,6 +62,7 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/luks2"
 )
 
@@ -79,6 +83,9 @@ const SchemeEd25519 = "ed25519"
 
 // ErrSignature marks a file that was damaged, forged, or is another's.
 var ErrSignature = errors.New("the signature is not right")
+
+// ErrUnsigned marks an escrow without a TPM's signature.
+var ErrUnsigned = errors.New("the escrow is not signed by the box's TPM: it may be anybody's who says he is the box")
 
 // Holder is one who keeps a share.
 type Holder struct {
@@ -121,6 +128,8 @@ type Escrow struct {
 	Threshold int           `json:"threshold"`
 	Shares    []SealedShare `json:"shares"`
 	Signature Signature     `json:"signature"`
+	// TPM is the TPM's signature; nil where there was none to sign.
+	TPM *attest.Endorsement `json:"tpm,omitempty"`
 }
 
 // SealedShare is one holder's.
@@ -129,7 +138,7 @@ type SealedShare struct {
 	Age []byte `json:"age"` // an age file
 }
 
-// Signature is the box's, over everything else.
+// Signature is the box's, over everything else but the TPM's.
 type Signature struct {
 	Scheme    string `json:"scheme"` // SchemeEd25519
 	PublicKey []byte `json:"public_key"`
@@ -137,9 +146,16 @@ type Signature struct {
 }
 
 // New encrypts key to the holders of the policy. signer holds the box's Ed25519 key;
-// random makes the shares' polynomials. What age needs comes from crypto/rand.
-func New(key *luks2.RecoveryKey, s Subject, p Policy, signer crypto.Signer, random io.Reader) (*Escrow, error) {
+// random makes the shares' polynomials. What age needs comes from crypto/rand. endorse,
+// if not nil, has the TPM sign: [attest.Endorse]. It may return nil where it cannot.
+func New(key *luks2.RecoveryKey, s Subject, p Policy, signer crypto.Signer, random io.Reader, endorse func([]byte) (*attest.Endorsement, error)) (*Escrow, error) {
 	e, err := newEscrow(key, s, p, signer, random)
+	if err == nil && endorse != nil {
+		e.TPM, err = endorse(e.signed())
+	}
+	if err == nil {
+		err = e.verify()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("make escrow: %w", err)
 	}
@@ -171,10 +187,7 @@ func newEscrow(key *luks2.RecoveryKey, s Subject, p Policy, signer crypto.Signer
 		return nil, fmt.Errorf("sign: %w", err)
 	}
 	e.Signature.Value = value
-	if err := e.check(); err != nil {
-		return nil, err
-	}
-	return e, e.verify()
+	return e, e.check()
 }
 
 // seal fills in the shares.
@@ -387,6 +400,21 @@ func (e *Escrow) SameBox(earlier *Escrow) error {
 		return fmt.Errorf("%w: this escrow is not signed by the key of the earlier one: the box was provisioned anew, or somebody else made it", ErrSignature)
 	case e.Serial < earlier.Serial:
 		return fmt.Errorf("%w: this escrow is number %d of the box, older than %d", ErrSignature, e.Serial, earlier.Serial)
+	}
+	return nil
+}
+
+// By returns nil when the TPM of the recorded box signed the escrow. The error is
+// [ErrUnsigned] or [ErrSignature].
+func (e *Escrow) By(r *attest.Record) error {
+	if e.TPM == nil {
+		return ErrUnsigned
+	}
+	if e.Box != r.Box {
+		return fmt.Errorf("%w: this escrow is of box %s, the record of %s", ErrSignature, e.Box, r.Box)
+	}
+	if err := e.TPM.By(r); err != nil {
+		return fmt.Errorf("%w: %w", ErrSignature, err)
 	}
 	return nil
 }

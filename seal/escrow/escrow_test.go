@@ -19,7 +19,9 @@ import (
 
 	"filippo.io/age"
 
+	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/luks2"
+	"github.com/holdfast-os/holdfast/seal/sealtest"
 )
 
 const boxUUID = "0b7d9f0e-3a51-4c0e-9d4e-8a3f5a1c2d3e"
@@ -70,7 +72,7 @@ func boxKey(t testing.TB) ed25519.PrivateKey {
 
 func mustNew(t testing.TB, key *luks2.RecoveryKey, g group) *Escrow {
 	t.Helper()
-	e, err := New(key, subject(1), g.policy, boxKey(t), rand.Reader)
+	e, err := New(key, subject(1), g.policy, boxKey(t), rand.Reader, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +261,7 @@ func TestAttacks(t *testing.T) {
 func TestSameBox(t *testing.T) {
 	g, key, box := newGroup(t, 1, 1), newKey(t), boxKey(t)
 	escrow := func(s Subject, k ed25519.PrivateKey) *Escrow {
-		e, err := New(key, s, g.policy, k, rand.Reader)
+		e, err := New(key, s, g.policy, k, rand.Reader, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -293,7 +295,7 @@ func TestBadPolicies(t *testing.T) {
 		"holder c: ":                              {Holders: []Holder{{"c", g.policy.Holders[0].Recipient + "\n"}}, Threshold: 1},
 		"more than 4096":                          {Holders: []Holder{{"d", strings.Repeat("x", 5000)}}, Threshold: 1},
 	} {
-		if _, err := New(newKey(t), subject(1), p, boxKey(t), rand.Reader); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := New(newKey(t), subject(1), p, boxKey(t), rand.Reader, nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q", err, want)
 		}
 	}
@@ -301,7 +303,7 @@ func TestBadPolicies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(newKey(t), subject(1), g.policy, other, rand.Reader); err == nil || !strings.Contains(err.Error(), "Ed25519") {
+	if _, err := New(newKey(t), subject(1), g.policy, other, rand.Reader, nil); err == nil || !strings.Contains(err.Error(), "Ed25519") {
 		t.Error(err)
 	}
 }
@@ -533,11 +535,11 @@ func TestWriteReleasedFormat(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	first, err := New(key, subject(1), one, box, rand.Reader)
+	first, err := New(key, subject(1), one, box, rand.Reader, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, err := New(key, subject(2), g.policy, box, rand.Reader)
+	second, err := New(key, subject(2), g.policy, box, rand.Reader, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -584,7 +586,7 @@ func Example() {
 	// On the box.
 	policy := Policy{Holders: []Holder{{"vendor", vendor.Recipient().String()}}, Threshold: 1}
 	made, err := New(key, Subject{Box: boxUUID, Volumes: []string{boxUUID}, Product: "ledger", Release: "1.0.0", Serial: 1,
-		Time: time.Unix(1795262400, 0)}, policy, box, rand.Reader)
+		Time: time.Unix(1795262400, 0)}, policy, box, rand.Reader, nil)
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -607,4 +609,56 @@ func Example() {
 	}
 	fmt.Println(e.Product, e.Release, e.Time.Format(time.DateOnly), back.String() == key.String())
 	// Output: ledger 1.0.0 2026-11-21 true
+}
+
+// TestSignedByTheTPM: who keeps a record of the box knows whose escrow it is; whoever has
+// the file can only take the signature off, and that is seen.
+func TestSignedByTheTPM(t *testing.T) {
+	tpm, g, box := sealtest.Start(t), newGroup(t, 1, 1), boxKey(t)
+	endorse := func(document []byte) (*attest.Endorsement, error) { return attest.Endorse(tpm, document) }
+	mustEndorse := func(serial int) *Escrow {
+		t.Helper()
+		e, err := New(newKey(t), subject(serial), g.policy, box, rand.Reader, endorse)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e, err = Parse(e.Marshal()); err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	e := mustEndorse(1)
+	r := &attest.Record{Box: boxUUID, AK: e.TPM.Key()}
+	if err := e.By(r); err != nil {
+		t.Error(err)
+	}
+	if err := e.By(&attest.Record{Box: strings.Replace(boxUUID, "0b7d", "0b7e", 1), AK: r.AK}); !errors.Is(err, ErrSignature) {
+		t.Errorf("the record of another box: %v", err)
+	}
+	mixed := mustEndorse(2)
+	mixed.TPM = e.TPM
+	if _, err := Parse(mixed.Marshal()); !errors.Is(err, ErrSignature) {
+		t.Errorf("the TPM's signature of another escrow: %v", err)
+	}
+	bare := *e
+	bare.TPM = nil
+	stripped, err := Parse(bare.Marshal())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := stripped.By(r); !errors.Is(err, ErrUnsigned) || errors.Is(err, ErrSignature) {
+		t.Errorf("taken off: %v", err)
+	}
+	tpm.Swap()
+	other := mustEndorse(3)
+	if err := other.By(r); !errors.Is(err, ErrSignature) {
+		t.Errorf("another TPM: %v", err)
+	}
+	if err := other.SameBox(e); err != nil {
+		t.Errorf("a new mainboard under the same data volume: %v", err)
+	}
+	broken := errors.New("the TPM is dead")
+	if _, err := New(newKey(t), subject(1), g.policy, box, rand.Reader, func([]byte) (*attest.Endorsement, error) { return nil, broken }); !errors.Is(err, broken) {
+		t.Errorf("%v", err)
+	}
 }

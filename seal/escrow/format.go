@@ -163,16 +163,22 @@ func (e *Escrow) checkShares() error {
 	return nil
 }
 
-// signed is what the box signs.
+// signed is what the box signs, with either key.
 func (e *Escrow) signed() []byte {
 	bare := *e
-	bare.Signature.Value = nil
+	bare.Signature.Value, bare.TPM = nil, nil
 	return append([]byte(signedAsFirst), canonical(&bare)...)
 }
 
 func (e *Escrow) verify() error {
 	if !ed25519.Verify(e.Signature.PublicKey, e.signed(), e.Signature.Value) {
 		return fmt.Errorf("%w: the file was damaged, or somebody changed what the box had signed", ErrSignature)
+	}
+	if e.TPM == nil {
+		return nil
+	}
+	if err := e.TPM.Verify(e.signed()); err != nil {
+		return fmt.Errorf("%w: that of the TPM: %w: the file was damaged, or put together of two", ErrSignature, err)
 	}
 	return nil
 }
