@@ -195,7 +195,7 @@ func (c *Client) Status(ctx context.Context) (*Status, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		b, err := os.ReadFile(statePath)
 		if err != nil {
-			return nil, fmt.Errorf("no agent runs here and no initrd of Holdfast left its state: %w", err)
+			return nil, noBox(err)
 		}
 		if err := json.Unmarshal(b, s); err != nil {
 			return nil, err
@@ -293,6 +293,10 @@ func (c *Client) send(ctx context.Context, method, path string, body io.Reader, 
 		return err
 	}
 	resp, err := c.http.Do(req)
+	var dial *net.OpError
+	if errors.Is(err, fs.ErrNotExist) && errors.As(err, &dial) {
+		return fmt.Errorf("no agent runs here: %w", dial)
+	}
 	if err != nil {
 		return fmt.Errorf("ask the agent: %w", err)
 	}

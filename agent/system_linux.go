@@ -3,8 +3,10 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -82,12 +84,23 @@ func RunSystem(console io.Writer) error {
 	return nil
 }
 
+// ErrNoBox says that this machine runs no release of Holdfast.
+var ErrNoBox = errors.New("this is no box of Holdfast: no agent runs here, and no initrd of Holdfast left its state")
+
+// noBox is the error of reading what every box has.
+func noBox(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w (%w)", ErrNoBox, err)
+	}
+	return err
+}
+
 // load reads what the build fixed and what the initrd found.
 func (s *system) load() error {
 	for path, v := range map[string]any{image.AppliancePath: &s.app, statePath: &s.initrd} {
 		b, err := os.ReadFile(path)
 		if err != nil {
-			return err
+			return noBox(err)
 		}
 		if err := json.Unmarshal(b, v); err != nil {
 			return fmt.Errorf("read %s: %w", path, err)

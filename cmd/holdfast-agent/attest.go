@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 
 	"github.com/holdfast-os/holdfast/agent"
@@ -14,16 +13,17 @@ import (
 )
 
 // answerChallenge is the verb attest.
-func answerChallenge(ctx context.Context, c *agent.Client, args []string) error {
-	flags := flag.NewFlagSet("attest", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+func answerChallenge(ctx context.Context, c *agent.Client, flags *flag.FlagSet, args []string) error {
 	path := flags.String("challenge", "", "")
 	out := flags.String("o", "", "")
 	asJSON := flags.Bool("json", false, "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 || *path == "" {
-		return errUsage
+	if _, err := parse(flags, args, 0, 0); err != nil {
+		return err
 	}
-	challenge, err := readChallenge(*path)
+	if *path == "" {
+		return usageError{"attest needs --challenge FILE"}
+	}
+	challenge, err := readSmall(*path, attest.MaxChallengeBytes)
 	if err != nil {
 		return err
 	}
@@ -63,18 +63,4 @@ type attested struct {
 	Bytes        int      `json:"bytes"`
 	Milliseconds int64    `json:"ms"`              // the box took
 	Files        []string `json:"files,omitempty"` // that go along
-}
-
-// readChallenge reads what may come from anywhere.
-func readChallenge(path string) (b []byte, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err = io.ReadAll(io.LimitReader(f, attest.MaxChallengeBytes+1))
-	if err == nil && len(b) > attest.MaxChallengeBytes {
-		err = fmt.Errorf("%s has more than the %d bytes of a challenge", path, attest.MaxChallengeBytes)
-	}
-	return b, err
 }

@@ -19,7 +19,7 @@ func TestAttestUsage(t *testing.T) {
 	if err := os.WriteFile(path, bytes.Repeat([]byte(" "), attest.MaxChallengeBytes+1), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if b, err := readChallenge(path); err == nil {
+	if b, err := readSmall(path, attest.MaxChallengeBytes); err == nil {
 		t.Errorf("a challenge of %d bytes is read", len(b))
 	}
 	if code := run([]string{"attest", "--challenge", path}); code != 1 {

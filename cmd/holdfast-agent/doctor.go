@@ -1,10 +1,10 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"flag"
-	"io"
 	"os"
 
 	"github.com/holdfast-os/holdfast/agent"
@@ -15,16 +15,14 @@ import (
 var errUnfit = errors.New("this box is not fit")
 
 // doctor is the verb of that name. It needs no agent.
-func doctor(args []string) error {
-	flags := flag.NewFlagSet("doctor", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+func doctor(_ context.Context, _ *agent.Client, flags *flag.FlagSet, args []string) error {
 	asJSON, policy := flags.Bool("json", false, ""), flags.String("policy", "", "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 {
-		return errUsage
+	if _, err := parse(flags, args, 0, 0); err != nil {
+		return err
 	}
 	if *policy != "" {
 		if _, err := seal.Literal(*policy, true); err != nil {
-			return errUsage
+			return usageError{"--policy: " + err.Error()}
 		}
 	}
 	d := agent.Examine(agent.Gather(*policy))

@@ -19,21 +19,23 @@ import (
 )
 
 // reset is the verb of that name.
-func reset(ctx context.Context, c *agent.Client, args []string) error {
-	flags := flag.NewFlagSet("reset", flag.ContinueOnError)
-	factory := flags.Bool("factory", false, "")
-	o, err := parseErasure(flags, args)
-	if err != nil || !*factory {
-		return errUsage
+func reset(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	factory := f.Bool("factory", false, "")
+	o, err := parseErasure(f, args)
+	if err != nil {
+		return err
+	}
+	if !*factory {
+		return usageError{"reset destroys all data, and wants --factory"}
 	}
 	return o.run(ctx, c, true, "ALL DATA of this box is destroyed, and it is provisioned anew, with another recovery key, when it starts the next time.", (*agent.Eraser).Reset)
 }
 
 // decommission is the verb of that name.
-func decommission(ctx context.Context, c *agent.Client, args []string) error {
-	o, err := parseErasure(flag.NewFlagSet("decommission", flag.ContinueOnError), args)
+func decommission(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	o, err := parseErasure(f, args)
 	if err != nil {
-		return errUsage
+		return err
 	}
 	return o.run(ctx, c, false, "ALL DATA of this box is destroyed, and it does not start again until an image is written anew.", (*agent.Eraser).Decommission)
 }
@@ -45,12 +47,14 @@ type erasureOptions struct {
 }
 
 func parseErasure(flags *flag.FlagSet, args []string) (o erasureOptions, err error) {
-	flags.SetOutput(io.Discard)
 	flags.BoolVar(&o.yes, "yes", false, "")
 	flags.StringVar(&o.proof, "proof", "", "")
 	flags.StringVar(&o.challenge, "challenge", "", "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 || o.challenge != "" && o.proof == "" {
-		return o, errUsage
+	if _, err := parse(flags, args, 0, 0); err != nil {
+		return o, err
+	}
+	if o.challenge != "" && o.proof == "" {
+		return o, usageError{"--challenge is for a proof, and wants --proof FILE"}
 	}
 	return o, nil
 }
@@ -59,7 +63,7 @@ func parseErasure(flags *flag.FlagSet, args []string) (o erasureOptions, err err
 func (o erasureOptions) run(ctx context.Context, c *agent.Client, reboot bool, warning string, erase func(*agent.Eraser) (*erasure.Proof, error)) error {
 	var challenge *attest.Challenge
 	if o.challenge != "" {
-		b, err := readChallenge(o.challenge)
+		b, err := readSmall(o.challenge, attest.MaxChallengeBytes)
 		if err != nil {
 			return err
 		}

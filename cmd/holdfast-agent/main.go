@@ -10,11 +10,11 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,48 +23,6 @@ import (
 
 	"github.com/holdfast-os/holdfast/agent"
 )
-
-const usage = `usage: holdfast-agent VERB
-
-  status [--json]        release, slot, volumes and how each was opened, policy, services
-  logs NAME [LINES]      the last lines a container printed
-  poweroff, reboot       stop the services, close the volumes, end
-  bless                  after a hand-off: this release is healthy, keep booting it
-  reject REASON          after a hand-off: it is not; done when it is on trial: reboot then
-  keys                   after a hand-off: make the next change of the firmware's Secure
-                         Boot keys that this release brings, to be in force after a
-                         reboot; 3 is none
-  reseal [--predict-dbx FILE] [--suspend N] [--json]
-                         seal the data volumes' key to the present state of this box, and
-                         to that of its next start: the firmware's keys have changed, or
-                         FILE is about to be added to dbx; or, for N starts, to any state
-                         of the firmware, before its update
-  pin set|remove         the TPM wants this PIN too, at every start from now on; or none, where
-                         the release does without; the old one opens nothing any more
-  downgrade FILE         policy rollback-proof: let one older release open the data volumes, by
-                         the vendor's FILE (holdfast keys downgrade)
-  update check|apply [PATH] [--version V] [--reboot] [--json]
-                         from the spec's repository, or a bundle or repository at PATH
-  update status [--json] what waits, what failed and why, the last 50 updates
-  recovery [status]      who has the recovery key, in which escrow  [--json]
-  recovery replace       another recovery key; the old one holds until that is typed back
-  recovery escrow FILE   the escrow, for who keeps it;  recovery receipt FILE brings his receipt
-  attest --challenge FILE [-o FILE] [--json]
-                         answer the vendor's challenge: what the TPM signs of this box's state,
-                         and the files that the release lets go along
-  doctor [--policy NAME] [--json]
-                         is this box fit to keep data? 0 it is, 1 it is not; needs no
-                         agent: from any Linux, before an installation
-  reset --factory [--proof FILE [--challenge FILE]] [--yes]
-                         destroy all data and its keys; the next start makes new volumes
-  decommission [--proof FILE [--challenge FILE]] [--yes]
-                         destroy them for good, and switch off; the proof in FILE is signed by
-                         the TPM, also over the vendor's challenge (holdfast attest erasure)
-  version
-
-exit codes: 0 done, 1 failed, 2 usage, 3 nothing to install or to change, not on trial
-example: holdfast-agent status --json
-`
 
 // version is set by the linker.
 var version = "devel"
@@ -100,95 +58,55 @@ func firstProcess(stage func(console *os.File) error) {
 	agent.EndBoot(console, err)
 }
 
-func run(args []string) int {
-	if len(args) == 0 || args[0] == "help" || args[0] == "-h" || args[0] == "--help" {
-		fmt.Print(usage)
-		return 0
-	}
-	ctx := context.Background()
-	c := agent.NewClient()
-	var err error
-	switch {
-	case args[0] == "status" && len(args) <= 2:
-		err = status(ctx, c, args[1:])
-	case args[0] == "logs" && (len(args) == 2 || len(args) == 3):
-		err = logs(ctx, c, args[1:])
-	case (args[0] == "poweroff" || args[0] == "reboot") && len(args) == 1:
-		err = c.Power(ctx, args[0] == "reboot")
-	case args[0] == "bless" && len(args) == 1:
-		err = afterHandOff(ctx, c, agent.Bless)
-	case args[0] == "reject" && len(args) == 2:
-		err = afterHandOff(ctx, c, func(s *agent.Status) error { return agent.Reject(s, args[1]) })
-	case args[0] == "keys" && len(args) == 1:
-		err = afterHandOff(ctx, c, changeKeys)
-	case args[0] == "reseal":
-		err = reseal(ctx, c, args[1:])
-	case args[0] == "pin" && len(args) == 2:
-		err = setPIN(ctx, c, args[1])
-	case args[0] == "downgrade" && len(args) == 2:
-		err = downgrade(ctx, c, args[1])
-	case args[0] == "update" && len(args) > 1:
-		err = updates(ctx, c, args[1], args[2:])
-	case args[0] == "recovery":
-		err = recovery(ctx, args[1:])
-	case args[0] == "attest":
-		err = answerChallenge(ctx, c, args[1:])
-	case args[0] == "doctor":
-		err = doctor(args[1:])
-	case args[0] == "reset":
-		err = reset(ctx, c, args[1:])
-	case args[0] == "decommission":
-		err = decommission(ctx, c, args[1:])
-	case args[0] == "version" && len(args) == 1:
-		fmt.Println("holdfast-agent", version)
-	default:
-		err = errUsage
-	}
-	if errors.Is(err, errUsage) {
-		fmt.Fprint(os.Stderr, usage)
-		return 2
-	}
-	if errors.Is(err, agent.ErrNoUpdate) || errors.Is(err, agent.ErrNotOnTrial) || errors.Is(err, agent.ErrNoKeyChange) {
-		fmt.Println(err)
-		return 3
-	}
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "error:", err)
-		return 1
-	}
-	return 0
-}
-
-var errUsage = errors.New("usage")
-
-func status(ctx context.Context, c *agent.Client, args []string) error {
-	if len(args) == 1 && args[0] != "--json" {
-		return errUsage
+func status(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	asJSON := f.Bool("json", false, "")
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
 	}
 	s, err := c.Status(ctx)
 	if err != nil {
 		return err
 	}
-	if len(args) == 1 {
+	if *asJSON {
 		return json.NewEncoder(os.Stdout).Encode(s)
 	}
 	_, err = s.WriteTo(os.Stdout)
 	return err
 }
 
+// power is the verbs poweroff and reboot.
+func power(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
+	}
+	return c.Power(ctx, f.Name() == "reboot")
+}
+
+func printVersion(_ context.Context, _ *agent.Client, f *flag.FlagSet, args []string) error {
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
+	}
+	_, err := fmt.Println("holdfast-agent", version)
+	return err
+}
+
+// maxFileBytes is more than the agent takes of any file.
+const maxFileBytes = 1 << 20
+
 // reseal is the verb of that name.
-func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
-	flags := flag.NewFlagSet("reseal", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
+func reseal(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) (err error) {
 	var o agent.ResealOptions
-	asJSON := flags.Bool("json", false, "")
-	dbx := flags.String("predict-dbx", "", "")
-	flags.IntVar(&o.Suspend, "suspend", 0, "")
-	if flags.Parse(args) != nil || flags.NArg() > 0 || o.Suspend < 0 || o.Suspend > agent.MaxSuspendBoots {
-		return errUsage
+	asJSON := f.Bool("json", false, "")
+	dbx := f.String("predict-dbx", "", "")
+	f.IntVar(&o.Suspend, "suspend", 0, "")
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
+	}
+	if o.Suspend < 0 || o.Suspend > agent.MaxSuspendBoots {
+		return usageError{fmt.Sprintf("--suspend %d is not from 1 to %d starts", o.Suspend, agent.MaxSuspendBoots)}
 	}
 	if *dbx != "" {
-		if o.DBX, err = os.ReadFile(*dbx); err != nil {
+		if o.DBX, err = readSmall(*dbx, maxFileBytes); err != nil {
 			return err
 		}
 		if len(o.DBX) == 0 {
@@ -207,8 +125,12 @@ func reseal(ctx context.Context, c *agent.Client, args []string) (err error) {
 }
 
 // downgrade is the verb of that name.
-func downgrade(ctx context.Context, c *agent.Client, path string) error {
-	file, err := os.ReadFile(path)
+func downgrade(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	rest, err := parse(f, args, 1, 1)
+	if err != nil {
+		return err
+	}
+	file, err := readSmall(rest[0], maxFileBytes)
 	if err != nil {
 		return err
 	}
@@ -221,15 +143,18 @@ func downgrade(ctx context.Context, c *agent.Client, path string) error {
 }
 
 // setPIN is the verb pin.
-func setPIN(ctx context.Context, c *agent.Client, action string) error {
+func setPIN(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	rest, err := parse(f, args, 1, 1)
+	if err != nil {
+		return err
+	}
 	var pin []byte
-	var err error
-	switch action {
+	switch rest[0] {
 	case "set":
 		pin, err = agent.ReadPIN(os.Stdin, os.Stderr)
 	case "remove":
 	default:
-		return errUsage
+		return usageError{fmt.Sprintf("pin wants set or remove, got %q", rest[0])}
 	}
 	if err != nil {
 		return err
@@ -254,34 +179,28 @@ func printStates(r agent.SyncReport) {
 }
 
 // updates is the verb update.
-func updates(ctx context.Context, c *agent.Client, action string, args []string) (err error) {
-	flags := flag.NewFlagSet("update", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	asJSON := flags.Bool("json", false, "")
+func updates(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) (err error) {
+	asJSON := f.Bool("json", false, "")
 	var req agent.UpdateRequest
-	flags.StringVar(&req.Version, "version", "", "")
-	flags.BoolVar(&req.Reboot, "reboot", false, "")
-	var paths []string
-	for len(args) > 0 { // flags may stand behind the path
-		if err := flags.Parse(args); err != nil {
-			return errUsage
-		}
-		if args = flags.Args(); len(args) > 0 {
-			paths, args = append(paths, args[0]), args[1:]
-		}
+	f.StringVar(&req.Version, "version", "", "")
+	f.BoolVar(&req.Reboot, "reboot", false, "")
+	rest, err := parse(f, args, 1, 2)
+	if err != nil {
+		return err
 	}
-	if len(paths) > 1 {
-		return errUsage
-	}
-	if len(paths) == 1 {
-		if req.Path, err = filepath.Abs(paths[0]); err != nil {
+	action := rest[0]
+	switch {
+	case !slices.Contains([]string{"check", "apply", "status"}, action):
+		return usageError{fmt.Sprintf("update wants check, apply or status, got %q", action)}
+	case action == "status" && len(rest) > 1:
+		return usageError{"update status takes no path"}
+	case len(rest) > 1:
+		if req.Path, err = filepath.Abs(rest[1]); err != nil {
 			return err
 		}
 	}
 	var s *agent.UpdateStatus
 	switch _, probe := c.UpdateStatus(ctx); {
-	case action != "check" && action != "apply" && (action != "status" || len(paths) > 0):
-		return errUsage
 	case errors.Is(probe, fs.ErrNotExist): // after a hand-off
 		s, err = updatesHere(ctx, action, req)
 	case action == "status":
@@ -361,8 +280,31 @@ func afterHandOff(ctx context.Context, c *agent.Client, judge func(*agent.Status
 	return judge(s)
 }
 
-// changeKeys says what was changed, and what is in the way of more.
-func changeKeys(*agent.Status) error {
+func bless(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
+	}
+	return afterHandOff(ctx, c, agent.Bless)
+}
+
+func reject(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	rest, err := parse(f, args, 1, 1)
+	if err != nil {
+		return err
+	}
+	return afterHandOff(ctx, c, func(s *agent.Status) error { return agent.Reject(s, rest[0]) })
+}
+
+// changeKeys is the verb keys.
+func changeKeys(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	if _, err := parse(f, args, 0, 0); err != nil {
+		return err
+	}
+	return afterHandOff(ctx, c, showKeyChange)
+}
+
+// showKeyChange says what was changed, and what is in the way of more.
+func showKeyChange(*agent.Status) error {
 	s, err := agent.ChangeKeys(context.Background(), slog.Default())
 	if s != nil {
 		if err := s.Print(os.Stdout); err != nil {
@@ -372,17 +314,20 @@ func changeKeys(*agent.Status) error {
 	return err
 }
 
-func logs(ctx context.Context, c *agent.Client, args []string) error {
+func logs(ctx context.Context, c *agent.Client, f *flag.FlagSet, args []string) error {
+	rest, err := parse(f, args, 1, 2)
+	if err != nil {
+		return err
+	}
 	lines := 50
-	if len(args) == 2 {
-		var err error
-		if lines, err = strconv.Atoi(args[1]); err != nil {
-			return errUsage
+	if len(rest) == 2 {
+		if lines, err = strconv.Atoi(rest[1]); err != nil || lines < 1 {
+			return usageError{fmt.Sprintf("%q is not a number of lines", rest[1])}
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	text, err := c.Logs(ctx, args[0], lines)
+	text, err := c.Logs(ctx, rest[0], lines)
 	for _, l := range text {
 		fmt.Println(l)
 	}

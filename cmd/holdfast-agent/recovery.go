@@ -8,10 +8,8 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
-	"strings"
 
 	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/seal/escrow"
@@ -19,27 +17,25 @@ import (
 )
 
 // recovery is the verb recovery.
-func recovery(ctx context.Context, args []string) error {
-	action := "status"
-	if len(args) > 0 && !strings.HasPrefix(args[0], "-") {
-		action, args = args[0], args[1:]
+func recovery(ctx context.Context, _ *agent.Client, f *flag.FlagSet, args []string) error {
+	asJSON := f.Bool("json", false, "")
+	yes := f.Bool("yes", false, "")
+	rest, err := parse(f, args, 0, 2)
+	if err != nil {
+		return err
 	}
-	flags := flag.NewFlagSet("recovery", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	asJSON := flags.Bool("json", false, "")
-	yes := flags.Bool("yes", false, "")
-	var files []string
-	for len(args) > 0 { // flags may stand behind the file
-		if err := flags.Parse(args); err != nil {
-			return errUsage
-		}
-		if args = flags.Args(); len(args) > 0 {
-			files, args = append(files, args[0]), args[1:]
-		}
+	action, files := "status", rest
+	if len(rest) > 0 {
+		action, files = rest[0], rest[1:]
 	}
 	wants := map[string]int{"status": 0, "escrow": 1, "receipt": 1, "replace": 0}
-	if n, ok := wants[action]; !ok || len(files) != n || *yes && action != "replace" {
-		return errUsage
+	switch n, ok := wants[action]; {
+	case !ok:
+		return usageError{fmt.Sprintf("recovery wants status, replace, escrow or receipt, got %q", action)}
+	case len(files) != n:
+		return usageError{fmt.Sprintf("recovery %s takes %d files, got %d", action, n, len(files))}
+	case *yes && action != "replace":
+		return usageError{"--yes is for recovery replace"}
 	}
 	c, err := agent.RecoveryClient(ctx, slog.New(slog.NewTextHandler(os.Stderr, nil)))
 	if err != nil {
@@ -78,14 +74,7 @@ func writeEscrow(ctx context.Context, c *agent.Client, path string) (*agent.Reco
 }
 
 func bringReceipt(ctx context.Context, c *agent.Client, path string) (*agent.RecoveryStatus, error) {
-	info, err := os.Stat(path)
-	if err == nil && (!info.Mode().IsRegular() || info.Size() > escrow.MaxReceiptBytes) {
-		err = fmt.Errorf("%s is not a plain file of at most %d bytes", path, escrow.MaxReceiptBytes)
-	}
-	if err != nil {
-		return nil, err
-	}
-	b, err := os.ReadFile(path)
+	b, err := readSmall(path, escrow.MaxReceiptBytes)
 	if err != nil {
 		return nil, err
 	}
