@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -58,7 +59,7 @@ func redis(m *hwtest.Machine, command string) (string, error) {
 // run runs a program in the box, as a person who may do that would. code is -1 when
 // the box was not reached.
 func run(m *hwtest.Machine, argv ...string) (code int, out string) {
-	resp, err := (&http.Client{Timeout: bootTime}).Post("http://"+m.Address(probePort)+"/run?"+url.Values{"arg": argv}.Encode(), "", nil)
+	resp, err := (&http.Client{Timeout: 3 * bootTime}).Post("http://"+m.Address(probePort)+"/run?"+url.Values{"arg": argv}.Encode(), "", nil)
 	if err != nil {
 		return -1, err.Error()
 	}
@@ -79,6 +80,7 @@ type vendor struct {
 	t         *testing.T
 	dir, repo string
 	url       string
+	encrypted bool // its releases have the slots be encrypted
 	firmware  *hwtest.SecureBootKeys
 }
 
@@ -143,6 +145,9 @@ func (v *vendor) build(version string, change ...string) (out string) {
 		"../../build", folder, "version: 1.0.0", "version: " + version,
 		"\nhandoff:", "\n  - dir:" + filepath.Join(v.dir, "probe") + "\n\nhandoff:", "\nfiles:\n", "\nfiles:" + probeUnit,
 	}, change...)
+	if v.encrypted {
+		edit = append(edit, "  slot: 512MiB\n", "  slot: 512MiB\n  encrypt_slots: true\n")
+	}
 	for i := 0; i < len(edit); i += 2 {
 		if !strings.Contains(string(text), edit[i]) {
 			v.t.Fatalf("appliance.yaml has no %q", edit[i])
@@ -185,12 +190,20 @@ func wantPaid(t *testing.T, m *hwtest.Machine, when string) {
 }
 
 // TestHandOff: systemd has the machine, and does with the agent's commands what the
-// agent does elsewhere.
+// agent does elsewhere. In the campaign the slots are encrypted, which takes minutes
+// under emulation: the root's mappings stay when systemd takes over, updates are written
+// encrypted beside it, and falling back is to such a slot.
 func TestHandOff(t *testing.T) {
 	v := newVendor(t)
+	v.encrypted = os.Getenv("HOLDFAST_CAMPAIGN") == "1"
 	m := hwtest.Boot(t, filepath.Join(v.build("1.0.0"), build.RawName), hwtest.Options{SecureBoot: v.firmware, Forward: []int{redisPort, probePort}})
+	if v.encrypted {
+		took := m.Expect(`slot encrypted slot=a ms=(\d+)`, bootTime)[1]
+		t.Logf("the root was encrypted in place in %s ms, under emulation", took)
+	}
 	m.Expect(`handing over init=/sbin/init`, bootTime)
 	m.Expect(`"name":"debian-box".*"method":"provisioned"`, bootTime)
+	wantSlots(t, m, v.encrypted, "a")
 	if got, err := redis(m, "SET customer:42 paid"); err != nil || got != "+OK" {
 		t.Fatalf("SET: %q, %v", got, err)
 	}
@@ -200,6 +213,7 @@ func TestHandOff(t *testing.T) {
 	m.Expect(`starting name=debian-box version=2.0.0`, bootTime)
 	m.Expect(`"name":"debian-box".*"method":"tpm"`, bootTime)
 	wantPaid(t, m, "after the power cut")
+	wantSlots(t, m, v.encrypted, "a", "b")
 	for _, attempt := range []string{"\n", "root\n", "\x03", "\n\n"} {
 		m.Send(attempt)
 	}
@@ -208,6 +222,29 @@ func TestHandOff(t *testing.T) {
 		if strings.Contains(m.Console(), bad) {
 			t.Errorf("the console says %q", bad)
 		}
+	}
+}
+
+// wantSlots wants `holdfast-agent status`, a process under systemd, to find these slots.
+func wantSlots(t *testing.T, m *hwtest.Machine, encrypted bool, want ...string) {
+	t.Helper()
+	code, out := run(m, agentPath, "status", "--json")
+	var s agent.Status
+	if i := strings.IndexByte(out, '{'); code != 0 || i < 0 {
+		t.Fatalf("status: %d, %s", code, out)
+	} else if err := json.Unmarshal([]byte(out[i:]), &s); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	var got []string
+	for _, slot := range s.Slots {
+		got = append(got, slot.Slot)
+		if slot.Encrypted != encrypted {
+			t.Errorf("slot %s is encrypted: %v", slot.Slot, slot.Encrypted)
+		}
+	}
+	slices.Sort(got)
+	if s.EncryptSlots != encrypted || !slices.Equal(got, want) {
+		t.Errorf("slots %q, want %q; to be encrypted: %v", got, want, s.EncryptSlots)
 	}
 }
 
