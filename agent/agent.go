@@ -127,8 +127,10 @@
 //
 // [Eraser.Reset] carries the key over, encrypted under the secret that the TPM gave in
 // this boot, on the ESP, until the next boot has made new volumes. It refuses where the
-// TPM has not opened the volumes since the box has encrypted slots. [Eraser.Decommission]
-// leaves slots that nobody opens any more.
+// TPM has not opened the volumes since the box has encrypted slots. The boot that takes
+// the key overwrites that, and so does [Eraser.Decommission], which leaves slots that
+// nobody opens any more. Both ends of the data prove what they did; see package
+// seal/attest/erasure.
 //
 // # What is not protected
 //
