@@ -218,6 +218,7 @@ func TestHandOff(t *testing.T) {
 		m.Send(attempt)
 	}
 	brokenFromStick(t, m, v)
+	endOfLife(t, m, v)
 	for _, bad := range []string{"login:", "Password:", "# ", "sh-5", "emergency mode", "EXT4-fs error"} {
 		if strings.Contains(m.Console(), bad) {
 			t.Errorf("the console says %q", bad)
@@ -342,6 +343,27 @@ func brokenFromStick(t *testing.T, m *hwtest.Machine, v *vendor) {
 	}
 	if code, out := run(m, agentPath, "update", "check"); code != 3 {
 		t.Errorf("update check after falling back: %d, %s", code, out)
+	}
+}
+
+// endOfLife destroys the keys, and has the vendor judge the proof. He has never had an
+// answer of the box, so whose TPM signed stays unknown.
+func endOfLife(t *testing.T, m *hwtest.Machine, v *vendor) {
+	const in = "/run/proof.json"
+	if code, out := run(m, agentPath, "decommission", "--yes", "--proof", in); code != 0 || strings.Contains(out, "warning") {
+		t.Errorf("decommission: %d, %s", code, out)
+	}
+	code, text := run(m, "/bin/cat", in)
+	proof := filepath.Join(v.dir, "proof.json")
+	if err := os.WriteFile(proof, []byte(text), 0o600); code != 0 || err != nil {
+		t.Fatalf("read the proof: %d, %v", code, err)
+	}
+	t.Logf("a proof of %d bytes", len(text))
+	judge := exec.Command("../../build/bin/holdfast", "attest", "erasure", proof, "--release", filepath.Join(v.dir, "2.0.0"),
+		"--keys", "../../build/keys", "--software-tpm", "--first-contact", "--accept", "ek,ak")
+	out, err := judge.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "decommission of debian-box") || !strings.Contains(string(out), ": PASS\n") {
+		t.Errorf("holdfast attest erasure: %v\n%s", err, out)
 	}
 }
 
