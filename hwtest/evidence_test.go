@@ -30,8 +30,8 @@ const (
 )
 
 // TestEvidence: a challenge goes to a box on a stick and its answer comes back, at first
-// contact and later; the vendor's command judges it with nothing but the release, the
-// keys and the TPM manufacturer's certificate.
+// contact and later; the vendor's command judges it with nothing but the release
+// and the TPM manufacturer's certificate.
 func TestEvidence(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -43,8 +43,8 @@ func TestEvidence(t *testing.T) {
 	m.PowerOn()
 	m.Expect(readyPattern, bootTime)
 
-	vendor := []string{"--roots", roots, "--release", p.release(), "--keys", filepath.Join(theProduct(t).dir, "keys"),
-		"--software-tpm", "--records", filepath.Join(dir, "records"), "--json"}
+	vendor := []string{"--roots", roots, "--release", p.release(), "--software-tpm",
+		"--records", filepath.Join(dir, "records"), "--json"}
 	first := filepath.Join(dir, "first.json")
 	web.holdfast(t, "attest", "challenge", "-o", first)
 	answer := visit(t, m, first)

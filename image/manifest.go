@@ -74,6 +74,10 @@ type Expected struct {
 	// PCR12 is what command lines, credentials and add-ons from outside the UKI give:
 	// none.
 	PCR12 string `json:"pcr12,omitempty"`
+	// SecureBoot are EFI signature lists (UEFI 2.10 §32.4.1) by variable: all that PK, KEK
+	// and db of a box may hold that had the vendor's keys and makes the release's changes,
+	// and what dbx then holds at least.
+	SecureBoot map[string][]byte `json:"secureboot,omitempty"`
 	// UKISections are what the stub measures into PCR 11, in its order: to say which one
 	// differs where the register does.
 	UKISections []Section `json:"uki_sections,omitempty"`

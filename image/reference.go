@@ -33,6 +33,10 @@ func (m *Manifest) Reference() (attest.Reference, error) {
 		}
 	}
 	r.Boot.Loader.Certificate = r.Boot.UKI.Certificate // one signs both
+	var err error
+	if r.DBX, err = pcr.Signatures(e.SecureBoot["dbx"]); err != nil {
+		return r, fmt.Errorf("release %s %s: dbx: %w", m.Name, m.Version, err)
+	}
 	for _, s := range e.UKISections {
 		measured := pcr.Measured{Name: s.Name}
 		if err := digestInto(&measured.SHA256, s.SHA256); err != nil {
@@ -41,6 +45,22 @@ func (m *Manifest) Reference() (attest.Reference, error) {
 		r.Sections = append(r.Sections, measured)
 	}
 	return r, nil
+}
+
+// VendorKeys are the Secure Boot keys of boxes that run one of these releases: PK, KEK
+// and db may hold what any of them says, and dbx of every box must have the entries of
+// dbx. It is an error when no release tells of keys.
+func VendorKeys(dbx []byte, releases ...*Manifest) (*attest.Keys, error) {
+	lists, seen := map[string][]byte{}, map[string]bool{}
+	for _, m := range releases {
+		for _, name := range []string{"PK", "KEK", "db"} {
+			list := m.Expected.SecureBoot[name]
+			if id := name + string(list); !seen[id] {
+				lists[name], seen[id] = append(lists[name], list...), true
+			}
+		}
+	}
+	return attest.NewKeys(lists["PK"], lists["KEK"], lists["db"], dbx)
 }
 
 // digestInto decodes hex; an empty text leaves zeros.

@@ -86,6 +86,12 @@ func makeRelease(keyDir, dir string, r testRelease) error {
 	if err != nil {
 		return err
 	}
+	m.Expected.SecureBoot = map[string][]byte{}
+	for _, name := range []string{keys.PK, keys.KEK, keys.DB} {
+		if m.Expected.SecureBoot[name], err = k.SignatureList(name); err != nil {
+			return err
+		}
+	}
 	m.Expected.PolicyKeySHA256 = hex.EncodeToString(signature.KeyFingerprint[:])
 	if m.UKI, m.Expected.UKIAuthenticode, err = signTestFile(dir, image.UKIName, assembled, k); err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/attest/corim"
@@ -37,7 +38,7 @@ A first contact takes two answers, the second to a challenge with --answer FIRST
 example:
   holdfast attest challenge -o stick/
   holdfast attest verify stick/ --challenge holdfast-challenge-5f3a9c01.json \
-    --roots tpm-roots/ --repo repo --keys keys --records boxes/
+    --roots tpm-roots/ --repo repo --records boxes/
 exit codes: 0 every answer is good, 1 failed, 2 usage, 3 an answer failed or is unknown,
   5 a proof that no TPM signed
 `
@@ -155,6 +156,7 @@ type attestOptions struct {
 	repo, root, keys, records, accept, files   string
 	record, firstContact, software, insecure   bool
 	asJSON                                     bool
+	manifests                                  []*image.Manifest // of releases that may run
 	maxAge                                     time.Duration
 }
 
@@ -165,8 +167,8 @@ func (o *attestOptions) judging(f *flag.FlagSet) {
 	f.StringVar(&o.repo, "repo", "", "`folder` of the update repository: its releases may run")
 	f.StringVar(&o.root, "root", "", "`file` root.json to verify the repository with, instead of its own first")
 	f.Var(&o.releases, "release", "`folder` of a build or manifest.json of a release that may run; repeat")
-	f.StringVar(&o.keys, "keys", "", "`folder` with the vendor's Secure Boot keys; no private key is needed")
-	f.Var(&o.dbx, "dbx", "`file` with revocations that a box must have: a signature list or .auth; repeat")
+	f.StringVar(&o.keys, "keys", "", "`folder` with the vendor's Secure Boot keys, instead of those that the releases tell; no private key is needed")
+	f.Var(&o.dbx, "dbx", "`file` with revocations that a box must have beside those of its release: a signature list or .auth; repeat")
 	f.Var(&o.programs, "program", "Authenticode `digest` in hex of a program that firmware may start before the loader; repeat")
 	f.StringVar(&o.records, "records", "", "`folder` with what is recorded of the boxes")
 	f.BoolVar(&o.firstContact, "first-contact", false, "take boxes that nothing is recorded of")
@@ -189,9 +191,11 @@ func attestVerify(ctx context.Context, c *cli, args []string) error {
 or is unknown, which event differs and what it means. What is not given is unknown, and
 what is unknown is not good. Exit code 3: an answer is not good. A box that was changed
 by its owner's will, a new firmware say: remove its record and make first contact again.
+The repository tells what may run, the keys, and what its releases demand in dbx; a box
+adds that some starts after it has taken the release, and until then dbx is unknown.
 
 example: holdfast attest verify stick/ --challenge sent.json --roots tpm-roots/ \
-  --repo repo --keys keys --records boxes/`)
+  --repo repo --records boxes/`)
 	var o attestOptions
 	o.flags(f)
 	rest, err := parse(f, args, 1)
@@ -290,23 +294,21 @@ func (o *attestOptions) readReferences(ctx context.Context, _ *cli, p *attest.Po
 		if err != nil {
 			return err
 		}
-		r, err := m.Reference()
+		o.manifests = append(o.manifests, m)
+	}
+	if o.repo != "" {
+		releases, err := o.published(ctx)
 		if err != nil {
 			return err
 		}
-		p.References = append(p.References, r)
+		for _, release := range releases {
+			o.manifests = append(o.manifests, &release.Manifest)
+		}
 	}
-	if o.repo == "" {
-		return nil
-	}
-	releases, err := o.published(ctx)
-	if err != nil {
-		return err
-	}
-	for _, release := range releases {
-		r, err := release.Manifest.Reference()
+	for _, m := range o.manifests {
+		r, err := m.Reference()
 		if err != nil {
-			return fmt.Errorf("%s: %w", o.repo, err)
+			return err
 		}
 		if !slices.ContainsFunc(p.References, func(have attest.Reference) bool { return have.Boot == r.Boot }) {
 			p.References = append(p.References, r) // a release may be in several channels
@@ -337,9 +339,18 @@ func (o *attestOptions) published(ctx context.Context) (list []*update.Release, 
 	return s.releases(ctx)
 }
 
+// readKeys takes the keys from the folder, or else from the releases.
 func (o *attestOptions) readKeys(_ context.Context, _ *cli, p *attest.Policy) error {
+	dbx, err := o.readDBX()
+	if err != nil {
+		return err
+	}
 	if o.keys == "" {
-		return nil
+		if len(dbx) == 0 && !slices.ContainsFunc(o.manifests, func(m *image.Manifest) bool { return len(m.Expected.SecureBoot) > 0 }) {
+			return nil // the check of the keys says that there are none
+		}
+		p.Keys, err = image.VendorKeys(dbx, o.manifests...)
+		return err
 	}
 	k, err := keys.Load(o.keys)
 	if err != nil {
@@ -351,11 +362,15 @@ func (o *attestOptions) readKeys(_ context.Context, _ *cli, p *attest.Policy) er
 			return err
 		}
 	}
-	var dbx []byte
+	p.Keys, err = attest.NewKeys(content[keys.PK], content[keys.KEK], content[keys.DB], dbx)
+	return err
+}
+
+func (o *attestOptions) readDBX() (dbx []byte, err error) {
 	for _, path := range o.dbx {
 		b, err := readSmall(path, 1<<20)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		list, err := pcr.VariableAfter(nil, b, false)
 		if err != nil { // not an .auth file
@@ -363,8 +378,7 @@ func (o *attestOptions) readKeys(_ context.Context, _ *cli, p *attest.Policy) er
 		}
 		dbx = append(dbx, list...)
 	}
-	p.Keys, err = attest.NewKeys(content[keys.PK], content[keys.KEK], content[keys.DB], dbx)
-	return err
+	return dbx, nil
 }
 
 func readChallenges(paths []string) (list []*attest.Challenge, err error) {

@@ -32,9 +32,9 @@ type testBox struct {
 	input attest.Input
 }
 
-// boot is the command mkbox NAME KEYS[,OTHERS] RELEASE: a box with KEYS, and in db OTHERS
-// too, that runs the release. The root of its TPM's maker is in
-// NAME.root.pem. A name that is there already starts again.
+// boot is the command mkbox NAME KEYS[,OTHERS] RELEASE [DBX]: a box with KEYS, and in db
+// OTHERS too, that runs the release, with the entries of that file in dbx. The root of its
+// TPM's maker is in NAME.root.pem. A name that is there already starts again.
 func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 	arguments(ts, neg, args, 3)
 	name := ts.MkAbs(args[0])
@@ -61,6 +61,10 @@ func (b *boxes) boot(ts *testscript.TestScript, neg bool, args []string) {
 		Programs: []pcr.Digest{r.Boot.Loader.Authenticode, r.Boot.UKI.Authenticode}}
 	for _, v := range []string{keys.PK, keys.KEK, keys.DB} {
 		fw.Variables[v], err = k.SignatureList(v)
+		ts.Check(err)
+	}
+	if len(args) > 3 {
+		fw.Variables["dbx"], err = os.ReadFile(ts.MkAbs(args[3]))
 		ts.Check(err)
 	}
 	entries, err := pcr.Signatures(fw.Variables[keys.DB])

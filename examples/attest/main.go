@@ -2,7 +2,7 @@
 // challenge and send their answers. It keeps no state but a folder, so that it can be
 // stopped at any time, and several can share the folder.
 //
-//	go run ./examples/attest -store fleet -release out/release -keys keys -roots tpm-roots -enrol
+//	go run ./examples/attest -store fleet -release out/release -roots tpm-roots -enrol
 //
 // A box, or whoever carries its files:
 //
@@ -39,7 +39,6 @@ import (
 	"time"
 
 	"github.com/holdfast-os/holdfast/image"
-	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/update"
 )
@@ -47,8 +46,7 @@ import (
 func main() {
 	listen := flag.String("listen", "localhost:8443", "address")
 	store := flag.String("store", "fleet", "folder to keep challenges, records and alarms in")
-	release := flag.String("release", "", "folders of releases that may run, with commas")
-	keyDir := flag.String("keys", "", "folder with the vendor's Secure Boot certificates")
+	release := flag.String("release", "", "folders of releases that may run, with commas; they tell the Secure Boot keys too")
 	roots := flag.String("roots", "", "folder with the TPM manufacturers' certificates")
 	enrol := flag.Bool("enrol", false, "record boxes that nobody knows")
 	software := flag.Bool("software-tpm", false, "take TPMs that are programs")
@@ -56,7 +54,7 @@ func main() {
 	flag.Parse()
 	v := &verifier{dir: *store, challenges: 1000, enrol: *enrol, now: time.Now, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	v.policy.SoftwareTPM = *software
-	err := v.configure(strings.Split(*release, ","), *keyDir, *roots)
+	err := v.configure(strings.Split(*release, ","), *roots)
 	if err == nil {
 		err = serve(*listen, *cert, v)
 	}
@@ -93,7 +91,8 @@ type verifier struct {
 const lifetime = time.Hour
 
 // configure reads what answers are judged by.
-func (v *verifier) configure(releases []string, keyDir, roots string) error {
+func (v *verifier) configure(releases []string, roots string) error {
+	var manifests []*image.Manifest
 	for _, dir := range releases {
 		text, err := os.ReadFile(filepath.Join(dir, image.ManifestName))
 		if err != nil {
@@ -107,19 +106,10 @@ func (v *verifier) configure(releases []string, keyDir, roots string) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", dir, err)
 		}
-		v.policy.References = append(v.policy.References, r)
+		v.policy.References, manifests = append(v.policy.References, r), append(manifests, &m)
 	}
-	k, err := keys.Load(keyDir)
-	if err != nil {
-		return err
-	}
-	var lists [3][]byte
-	for i, name := range []string{keys.PK, keys.KEK, keys.DB} {
-		if lists[i], err = k.SignatureList(name); err != nil {
-			return err
-		}
-	}
-	if v.policy.Keys, err = attest.NewKeys(lists[0], lists[1], lists[2], nil); err != nil {
+	var err error
+	if v.policy.Keys, err = image.VendorKeys(nil, manifests...); err != nil {
 		return err
 	}
 	entries, err := os.ReadDir(roots)

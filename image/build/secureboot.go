@@ -27,7 +27,8 @@ const maxAuthBytes = 64 << 10
 type secureBoot struct {
 	image.SecureBoot
 	files [][]byte // of Updates
-	// db and dbx are what a box has afterwards that had the vendor's keys before.
+	// pk, kek, db and dbx are what a box has afterwards that had the vendor's keys before.
+	pk, kek []byte
 	db, dbx sigdb.Database
 }
 
@@ -43,9 +44,11 @@ func (b *builder) readSecureBoot() (s secureBoot, err error) {
 	if e := b.spec.SecureBoot.Enroll; e != "off" {
 		s.Enroll = e
 	}
-	enrolled, err := k.SignatureList(keys.DB)
-	if err != nil {
-		return s, err
+	var enrolled []byte
+	for name, into := range map[string]*[]byte{keys.PK: &s.pk, keys.KEK: &s.kek, keys.DB: &enrolled} {
+		if *into, err = k.SignatureList(name); err != nil {
+			return s, err
+		}
 	}
 	if s.db, err = sigdb.Parse(enrolled); err != nil {
 		return s, err
@@ -104,6 +107,10 @@ func (b *builder) addSecureBoot(root *tree.Node, s secureBoot) error {
 		}
 	}
 	b.manifest.SecureBoot = s.Updates
+	b.manifest.Expected.SecureBoot = map[string][]byte{sigdb.PK: s.pk, sigdb.KEK: s.kek, sigdb.DB: s.db.Marshal()}
+	if len(s.dbx) > 0 {
+		b.manifest.Expected.SecureBoot[sigdb.DBX] = s.dbx.Marshal()
+	}
 	return nil
 }
 

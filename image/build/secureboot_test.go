@@ -34,6 +34,38 @@ func revoke(t *testing.T, k *keys.Keys, r keys.Revocation) []byte {
 	return b
 }
 
+// wantLists wants the manifest to tell a verifier what the variables hold, after the
+// changes, with the next key in db.
+func wantLists(t *testing.T, m *image.Manifest, k *keys.Keys, dbx []byte) {
+	t.Helper()
+	a, err := sigdb.ParseAuth(dbx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string][]byte{"dbx": a.Content.Marshal()}
+	for name, lists := range map[string][]string{"PK": {keys.PK}, "KEK": {keys.KEK}, "db": {keys.DB, keys.DBNext}} {
+		for _, from := range lists {
+			b, err := k.SignatureList(from)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want[name] = append(want[name], b...)
+		}
+	}
+	if !reflect.DeepEqual(m.Expected.SecureBoot, want) {
+		t.Errorf("the manifest tells %x, want %x", m.Expected.SecureBoot, want)
+	}
+	if r, err := m.Reference(); err != nil || len(r.DBX) != 2 {
+		t.Errorf("the reference demands %d entries in dbx: %v", len(r.DBX), err)
+	}
+	if _, err := image.VendorKeys(nil, m, m); err != nil {
+		t.Error(err)
+	}
+	if _, err := image.VendorKeys(nil, &image.Manifest{}); err == nil {
+		t.Error("no release tells of keys, and that is no error")
+	}
+}
+
 // TestSecureBootSection: a release carries its changes of db and dbx in the verified
 // root, and its disk the keys for a firmware that has none. What keeps it from booting is
 // found before anybody installs it.
@@ -63,6 +95,7 @@ func TestSecureBootSection(t *testing.T) {
 	if !reflect.DeepEqual(app.SecureBoot, want) || !reflect.DeepEqual(m.SecureBoot, want.Updates) {
 		t.Errorf("the appliance has %+v, the manifest %+v", app.SecureBoot, m.SecureBoot)
 	}
+	wantLists(t, m, k, dbx)
 	root, err := os.ReadFile(filepath.Join(release, image.RootName))
 	if err != nil || !bytes.Contains(root, dbx[:200]) || !bytes.Contains(root, k.DBNext.Auth[:200]) {
 		t.Errorf("the updates are not in the root: %v", err)

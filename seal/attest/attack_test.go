@@ -165,9 +165,15 @@ func TestAttacks(t *testing.T) {
 			b := recorded(t, "secure", 0).Before
 			p.Keys = mustKeys(t, b["KEK"], b["KEK"], b["db"], b["dbx"])
 		}},
-		{name: "revocations missing in dbx", fails: []string{CheckKeys}, judge: func(t *testing.T, p *Policy) {
+		{name: "revocations missing in dbx", fails: []string{CheckDBX}, judge: func(t *testing.T, p *Policy) {
 			b := recorded(t, "secure", 2).Before
 			p.Keys = mustKeys(t, b["PK"], b["KEK"], b["db"], b["dbx"])
+		}},
+		{name: "revocations of its release removed from dbx", fails: []string{CheckDBX}, judge: reference(func(r *Reference) { r.DBX = revoked(t, 2) })},
+		{name: "revocations removed, and an earlier release started", fails: []string{CheckDBX}, judge: func(t *testing.T, p *Policy) {
+			k := *p.Known
+			k.Revocations = "1.1.0"
+			p.Known, p.References = &k, append(slices.Clone(p.References), Reference{Product: "ledger", Version: "1.1.0", DBX: revoked(t, 2)})
 		}},
 		{name: "verified by a key of shim's", fails: []string{CheckKeys}, box: func(t *testing.T, r *rig) {
 			data := authorityData("MokListRT", make([]byte, 40))
@@ -207,6 +213,48 @@ func TestAttacks(t *testing.T) {
 			wantFails(t, Verify(answer, c, &r.policy), a.fails...)
 		})
 	}
+}
+
+// revoked is the dbx of a recorded boot.
+func revoked(t *testing.T, i int) []pcr.Signature {
+	t.Helper()
+	list, err := pcr.Signatures(recorded(t, "secure", i).Before["dbx"])
+	if err != nil || len(list) == 0 {
+		t.Fatalf("%d entries: %v", len(list), err)
+	}
+	return list
+}
+
+// TestRevocationsPending: a box that has just taken a release lacks what it brings for
+// dbx, which is unknown as long as it was never seen with it, and a failure from then on.
+func TestRevocationsPending(t *testing.T) {
+	r := newRig(t, "secure")
+	r.enrol(t)
+	if r.policy.Known.Revocations != "1.0.0" {
+		t.Fatalf("the record names %q", r.policy.Known.Revocations)
+	}
+	before := *r.policy.Known
+	r.policy.References[0].DBX = revoked(t, 2)
+	r.policy.Known.Revocations = "0.9.0" // withdrawn meanwhile: nothing to hold it to
+	c := r.challenge(t)
+	a := r.answer(t, c)
+	v := Verify(a, c, &r.policy)
+	for _, check := range v.Checks {
+		if (check.Result == Pass) != (check.Name != CheckDBX) {
+			t.Errorf("%+v", check)
+		}
+	}
+	if got := v.Of(CheckDBX); v.Result != Unknown || got.Result != Unknown || !strings.HasPrefix(got.Text, "pending: ") {
+		t.Errorf("%+v", v)
+	}
+	r.policy.Accept = []string{CheckDBX}
+	v = Verify(a, c, &r.policy)
+	record, err := NewRecord(a, v, r.policy.Known, today)
+	if err != nil || record.Revocations != "0.9.0" {
+		t.Errorf("accepted: the record names %q, %v", record.Revocations, err)
+	}
+	r.policy.Known = &before
+	wantFails(t, Verify(a, c, &r.policy), CheckDBX)
 }
 
 func mustKeys(t *testing.T, pk, kek, db, dbx []byte) *Keys {
@@ -470,11 +518,11 @@ func TestUnknown(t *testing.T) {
 	}{
 		{"no roots, no record", []string{CheckEK, CheckAK, CheckFirmware, CheckVolumes, CheckClock}, func(_ *Answer, p *Policy) { p.Roots, p.Known = nil, nil }},
 		{"no certificate, no record", []string{CheckEK, CheckAK, CheckFirmware, CheckVolumes, CheckClock}, func(a *Answer, p *Policy) { a.Certificates, p.Known = nil, nil }},
-		{"no release", []string{CheckKernel, CheckLoader, CheckIdentity}, func(_ *Answer, p *Policy) { p.References = nil }},
+		{"no release", []string{CheckKernel, CheckLoader, CheckDBX, CheckIdentity}, func(_ *Answer, p *Policy) { p.References = nil }},
 		{"no keys", []string{CheckKeys}, func(_ *Answer, p *Policy) { p.Keys = nil }},
 		{"no time", []string{CheckFreshness}, func(_ *Answer, p *Policy) { p.Now = time.Time{} }},
-		{"no log", []string{CheckLog, CheckLoader, CheckSecureBoot, CheckKeys}, func(a *Answer, _ *Policy) { a.EventLog = nil }},
-		{"SHA-1 log", []string{CheckLog, CheckLoader, CheckSecureBoot, CheckKeys}, func(a *Answer, _ *Policy) {
+		{"no log", []string{CheckLog, CheckLoader, CheckSecureBoot, CheckKeys, CheckDBX}, func(a *Answer, _ *Policy) { a.EventLog = nil }},
+		{"SHA-1 log", []string{CheckLog, CheckLoader, CheckSecureBoot, CheckKeys, CheckDBX}, func(a *Answer, _ *Policy) {
 			a.EventLog = binary.LittleEndian.AppendUint32(append([]byte{7, 0, 0, 0, 4, 0, 0, 0}, make([]byte, 20)...), 0)
 		}},
 		{"certificate that is none", []string{CheckEK}, func(a *Answer, _ *Policy) { a.Certificates = [][]byte{{0x30, 1, 2}} }},
@@ -502,7 +550,7 @@ func TestUnknown(t *testing.T) {
 	if v.Result != Unknown {
 		t.Errorf("an empty policy: %s", v.Result)
 	}
-	if v := Verify(&Answer{}, c, &Policy{}); v.Good() || len(v.Checks) != 18 {
+	if v := Verify(&Answer{}, c, &Policy{}); v.Good() || len(v.Checks) != len(Checks()) {
 		t.Errorf("an empty answer: %+v", v)
 	}
 	if v := Verify(nil, nil, nil); v.Result != Fail {

@@ -25,6 +25,12 @@
 // extended counts too. The statement (slots, volumes, services) is signed, but nobody measured it: it
 // is as true as the release that runs, which is why the other checks come first.
 //
+// Revocations are demanded by releases: one that brings an addition to dbx demands its
+// entries of every box that runs it ([Reference.DBX]). A box adds them after it has
+// committed to the release, one change a boot, and shows them behind the next start.
+// Until then [CheckDBX] is unknown, and so not good; a box that was once seen with them
+// ([Record.Revocations]) and lacks them now has failed, whichever release it runs.
+//
 // What cannot be judged is [Unknown], and an unknown is never good: [Verdict.Good]
 // takes all checks to pass, except those whose being unknown the caller accepts by name
 // ([Policy.Accept]). No document makes this package panic; see [Verify].

@@ -62,6 +62,9 @@ type Reference struct {
 	RootHash string
 	// Services are image digests ("sha256:…") by the service's name; nil is not compared.
 	Services map[string]string
+	// DBX are the revocations that the release brings, see [CheckDBX]. A later release
+	// that goes on demanding them brings them again; a box adds what it lacks.
+	DBX []pcr.Signature
 }
 
 // Keys are the contents of the Secure Boot variables, parsed once.
@@ -70,8 +73,9 @@ type Keys struct {
 }
 
 // NewKeys takes signature lists as in the variables. The box's PK must be one of pk,
-// all of its KEK and db must be in kek and db, and its dbx must have all of dbx. Empty
-// pk or kek is not compared; an empty db is an error.
+// all of its KEK and db must be in kek and db, and its dbx must have all of dbx and what
+// its release brings ([Reference.DBX]). Empty pk or kek is not compared; an empty db is
+// an error.
 func NewKeys(pk, kek, db, dbx []byte) (*Keys, error) {
 	k := &Keys{}
 	for _, v := range []struct {
@@ -101,6 +105,8 @@ type Record struct {
 
 	Product string `json:"product"`
 	Release string `json:"release"`
+	// Revocations is the release whose revocations dbx had in full: they have to stay.
+	Revocations string `json:"revocations,omitempty"`
 	// EK is the SHA-256 of the EK's TPMT_PUBLIC, AK the TPM's name of the AK that is
 	// bound to it, both in hex.
 	EK string `json:"ek_sha256"`
@@ -151,7 +157,10 @@ func NewRecord(a *Answer, v Verdict, before *Record, now time.Time) (*Record, er
 		Registers: map[int]string{}, ResetCount: q.ResetCount, ClockMs: q.ClockMs,
 	}
 	if before != nil {
-		r.First = before.First
+		r.First, r.Revocations = before.First, before.Revocations
+	}
+	if v.Of(CheckDBX).Result == Pass {
+		r.Revocations = r.Release
 	}
 	for _, p := range recordedRegisters() {
 		value := values[p]
@@ -200,7 +209,7 @@ func (r *Record) check() error {
 	if r.Type != recordType || r.Format != 1 {
 		return fmt.Errorf("it is %.40q of format %d, not %s of format 1", r.Type, r.Format, recordType)
 	}
-	for _, t := range []string{r.Box, r.Product, r.Release} {
+	for _, t := range []string{r.Box, r.Product, r.Release, r.Revocations} {
 		if err := checkText(t); err != nil {
 			return err
 		}

@@ -48,16 +48,18 @@ func readPCR7(events []pcr.Event) pcr7 {
 	return s
 }
 
-// secureBoot judges PCR 7, in two checks.
+// secureBoot judges PCR 7, in three checks.
 func (w *verification) secureBoot() {
 	if !w.explained[7] {
-		w.unknown(CheckSecureBoot, "the log does not lead to PCR 7")
-		w.unknown(CheckKeys, "the log does not lead to PCR 7")
+		for _, name := range []string{CheckSecureBoot, CheckKeys, CheckDBX} {
+			w.unknown(name, "the log does not lead to PCR 7")
+		}
 		return
 	}
 	s := readPCR7(w.log.Of(7))
 	w.secureBootState(s)
 	w.secureBootKeys(s)
+	w.revocations(s)
 }
 
 // secureBootState: SecureBoot, PK and the modes together (F26). UEFI 2.10 §32.3.
@@ -90,50 +92,48 @@ func (w *verification) secureBootState(s pcr7) {
 	}
 }
 
-// secureBootKeys: PK and KEK and db are the vendor's and no others, dbx has at least
-// the vendor's entries, and what verified a program is of the vendor's db.
+// database is the content of one variable, or else why it cannot be told.
+func (s pcr7) database(name string) ([]pcr.Signature, error) {
+	if len(s.odd) > 0 {
+		return nil, fmt.Errorf("PCR 7 has records that cannot be judged: %s", strings.Join(s.odd, "; "))
+	}
+	data, ok := s.variables[name]
+	if !ok {
+		return nil, fmt.Errorf("the log has no record of the variable %s", name)
+	}
+	entries, err := pcr.Signatures(data)
+	if err != nil {
+		return nil, fmt.Errorf("the variable %s: %w", name, err)
+	}
+	return entries, nil
+}
+
+// secureBootKeys: PK and KEK and db are the vendor's and no others, and what verified a
+// program is of the vendor's db.
 func (w *verification) secureBootKeys(s pcr7) {
 	k := w.p.Keys
 	if k == nil {
 		w.unknown(CheckKeys, "no keys are given to compare with")
 		return
 	}
-	if len(s.odd) > 0 {
-		w.unknown(CheckKeys, "PCR 7 has records that cannot be judged: %s", strings.Join(s.odd, "; "))
-		return
-	}
-	has := map[string][]pcr.Signature{}
-	for _, name := range []string{"PK", "KEK", "db", "dbx"} {
-		data, ok := s.variables[name]
-		if !ok {
-			w.unknown(CheckKeys, "the log has no record of the variable %s", name)
-			return
-		}
-		entries, err := pcr.Signatures(data)
-		if err != nil {
-			w.unknown(CheckKeys, "the variable %s: %v", name, err)
-			return
-		}
-		has[name] = entries
-	}
 	for _, v := range []struct {
 		name    string
 		allowed []pcr.Signature
 	}{{"PK", k.pk}, {"KEK", k.kek}, {"db", k.db}} {
-		if len(has[v.name]) == 0 && len(v.allowed) > 0 {
+		has, err := s.database(v.name)
+		if err != nil {
+			w.unknown(CheckKeys, "%v", err)
+			return
+		}
+		if len(has) == 0 && len(v.allowed) > 0 {
 			w.fail(CheckKeys, v.name+" is empty", v.name, "Innocent: the vendor's keys were never enrolled, or the firmware was reset. Hostile: they were deleted. Without a PK anybody can enrol keys.")
 			return
 		}
-		if extra := without(has[v.name], v.allowed); len(extra) > 0 && len(v.allowed) > 0 {
+		if extra := without(has, v.allowed); len(extra) > 0 && len(v.allowed) > 0 {
 			w.fail(CheckKeys, fmt.Sprintf("%s has %d entries that are not the vendor's", v.name, len(extra)), v.name+": "+extra[0].String(),
 				"Innocent: the hardware maker's keys were left in. Hostile: somebody added a key, and what it signs starts.")
 			return
 		}
-	}
-	if missing := without(k.dbx, has["dbx"]); len(missing) > 0 {
-		w.fail(CheckKeys, fmt.Sprintf("dbx lacks %d of the vendor's %d entries", len(missing), len(k.dbx)), "dbx: "+missing[0].String(),
-			"Innocent: the box has not taken the revocations yet. Hostile: they were removed, and what they revoke starts.")
-		return
 	}
 	for _, a := range s.authorities {
 		if a.variable != "db" || !hasData(k.db, a.entry.Data) {
@@ -141,7 +141,58 @@ func (w *verification) secureBootKeys(s pcr7) {
 			return
 		}
 	}
-	w.pass(CheckKeys, "db has the vendor's keys only, dbx all %d revocations", len(k.dbx))
+	w.pass(CheckKeys, "db has the vendor's keys only")
+}
+
+// revocations: dbx has what it must. What the vendor demands of every box ([NewKeys]),
+// and what the release demands that the record names, must be there; what the release
+// demands that runs comes into dbx only some boots after its first, and until it does,
+// the check is unknown.
+func (w *verification) revocations(s pcr7) {
+	has, err := s.database("dbx")
+	if err != nil {
+		w.unknown(CheckDBX, "%v", err)
+		return
+	}
+	var must []pcr.Signature
+	if w.p.Keys != nil {
+		must = w.p.Keys.dbx
+	}
+	if missing := without(must, has); len(missing) > 0 {
+		w.fail(CheckDBX, fmt.Sprintf("dbx lacks %d of the %d entries that every box must have", len(missing), len(must)), "dbx: "+missing[0].String(),
+			"Innocent: the box has not taken the revocations yet. Hostile: they were removed, and what they revoke starts.")
+		return
+	}
+	if r := w.revoked(); r != nil {
+		if missing := without(r.DBX, has); len(missing) > 0 {
+			w.fail(CheckDBX, fmt.Sprintf("dbx lacks %d of the %d entries of release %s, and had them", len(missing), len(r.DBX), r.Version), "dbx: "+missing[0].String(),
+				"Innocent: the firmware was reset to its factory settings, and the box adds them again. Hostile: they were removed, and what they revoke starts.")
+			return
+		}
+	}
+	if !w.matched {
+		w.unknown(CheckDBX, "it is not known which release runs, nor what it demands in dbx")
+		return
+	}
+	if missing := without(w.reference.DBX, has); len(missing) > 0 {
+		w.unknown(CheckDBX, "pending: dbx lacks %d of the %d entries that release %s brings, the first of them %v; a box adds them once it keeps the release, and shows them behind the next start",
+			len(missing), len(w.reference.DBX), w.reference.Version, missing[0])
+		return
+	}
+	w.pass(CheckDBX, "dbx has all that is demanded: %d entries of every box, %d of this release", len(must), len(w.reference.DBX))
+}
+
+// revoked is the release whose entries the box was seen with; nil where there is none.
+func (w *verification) revoked() *Reference {
+	if w.p.Known == nil || w.p.Known.Revocations == "" {
+		return nil
+	}
+	for i, r := range w.p.References {
+		if r.Version == w.p.Known.Revocations && (r.Product == "" || r.Product == w.p.Known.Product) {
+			return &w.p.References[i]
+		}
+	}
+	return nil
 }
 
 // without are the entries of list that are not in taken.

@@ -42,6 +42,7 @@ const (
 	CheckLoader     = "loader"     // PCR 4 has an approved release's programs and no others
 	CheckSecureBoot = "secureboot" // PCR 7: Secure Boot is on, and no debugger
 	CheckKeys       = "keys"       // PCR 7: the keys are the vendor's
+	CheckDBX        = "dbx"        // PCR 7: the revocations are there
 	CheckExtras     = "extras"     // PCR 8, 12, 13, 14: nothing was added from outside
 	CheckFirmware   = "firmware"   // PCR 0, 2: the firmware is the recorded one
 	CheckVolumes    = "volumes"    // PCR 15: the data volumes are the recorded ones
@@ -52,7 +53,7 @@ const (
 // Checks are the names of all checks that a verdict has, in order.
 func Checks() []string {
 	return []string{CheckChallenge, CheckFreshness, CheckEK, CheckHardware, CheckAK, CheckSignature, CheckSelection, CheckRegisters,
-		CheckLog, CheckKernel, CheckLoader, CheckSecureBoot, CheckKeys, CheckExtras, CheckFirmware, CheckVolumes, CheckClock, CheckIdentity}
+		CheckLog, CheckKernel, CheckLoader, CheckSecureBoot, CheckKeys, CheckDBX, CheckExtras, CheckFirmware, CheckVolumes, CheckClock, CheckIdentity}
 }
 
 // Check is one judgement.
