@@ -3,8 +3,6 @@ package agent
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -101,28 +99,21 @@ func (c *Custody) undelivered() *escrow.Escrow {
 func (c *Custody) Post(ctx context.Context, e *escrow.Escrow) error {
 	ctx, cancel := context.WithTimeout(ctx, postTime)
 	defer cancel()
-	client, err := c.client()
+	client, err := webClient(c.Config.CAPEM)
 	if err != nil {
 		return err
+	}
+	if c.web != nil {
+		client.Transport = c.web
 	}
 	defer client.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.Config.URL, bytes.NewReader(e.Marshal()))
+	p := posting{c.Config.URL, "application/json", "holdfast-agent " + c.Product + "/" + c.Release, e.Marshal(), maxPosted}
+	status, body, err := p.send(ctx, client)
 	if err != nil {
 		return err
 	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("User-Agent", "holdfast-agent "+c.Product+"/"+c.Release)
-	resp, err := client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxPosted))
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("the server answers %s", resp.Status)
+	if status/100 != 2 {
+		return fmt.Errorf("the server answers %d %s", status, http.StatusText(status))
 	}
 	sum := e.Digest()
 	if !bytes.Contains(body, []byte(hex.EncodeToString(sum[:]))) {
@@ -135,25 +126,6 @@ func (c *Custody) Post(ctx context.Context, e *escrow.Escrow) error {
 		return nil
 	}
 	return c.TakeReceipt(body)
-}
-
-// client trusts the spec's certificates, or the system's, and follows nobody elsewhere.
-func (c *Custody) client() (*http.Client, error) {
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if c.Config.CAPEM != "" {
-		t.RootCAs = x509.NewCertPool()
-		if !t.RootCAs.AppendCertsFromPEM([]byte(c.Config.CAPEM)) {
-			return nil, errors.New("the release's certificates for the escrow server cannot be read")
-		}
-	}
-	web := c.web
-	if web == nil {
-		web = &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: t, MaxResponseHeaderBytes: maxPosted}
-	}
-	return &http.Client{
-		Transport:     web,
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}, nil
 }
 
 // fromFolder takes the receipts in the top folder of a medium, and says whether the

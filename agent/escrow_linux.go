@@ -11,11 +11,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strconv"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
@@ -77,40 +74,33 @@ func (c *Custody) carry(device string, writeBack bool, still func() bool) error 
 	if len(c.Config.Holders) == 0 {
 		return nil
 	}
-	f, err := os.Open(device)
-	if err != nil {
+	m, err := openMedium(device, still)
+	if m == nil || err != nil || m.fs == "" {
 		return err
 	}
-	fs, err := fileSystemOf(f)
-	if err = errors.Join(err, f.Close()); err != nil || fs == "" {
+	asks := false
+	err = m.read(func(dir string) (err error) {
+		asks, err = c.fromFolder(dir)
+		if releases, looked := findReleases(dir); looked == nil && len(releases) > 0 && writeBack {
+			asks = asks || c.undelivered() != nil
+		}
+		return err
+	})
+	if !asks || !m.writable(err) {
 		return err
 	}
-	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
+	wrote := m.write(func(dir string) error {
+		_, err := c.ToFolder(dir, "medium "+device)
 		return err
-	}
-	asks, err := c.fromFolder(mediaPath)
-	if releases, looked := findReleases(mediaPath); looked == nil && len(releases) > 0 && writeBack {
-		asks = asks || c.undelivered() != nil
-	}
-	unmountMedium()
-	if !asks || errors.Is(err, unix.EIO) || !still() {
-		return err
-	}
-	if fs == "ext4" {
-		return errors.Join(err, errors.New("the escrow is not written to ext4: bring a stick with FAT or exFAT"))
-	}
-	if mounted := mountMedium(device, fs, 0); mounted != nil {
-		return errors.Join(err, mounted)
-	}
-	_, wrote := c.ToFolder(mediaPath, "medium "+device)
-	unmountMedium()
+	})
 	switch {
 	case errors.Is(wrote, ErrNoEscrow):
-		wrote = nil
-	case wrote == nil:
-		c.Log.Info("the medium may be pulled out", "device", device)
+		return err
+	case wrote != nil:
+		return errors.Join(err, fmt.Errorf("write the escrow to the medium: %w", wrote))
 	}
-	return errors.Join(err, wrote)
+	c.Log.Info("the medium may be pulled out", "device", device)
+	return err
 }
 
 // serveRecovery adds the recovery key to the local API.

@@ -15,8 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
@@ -49,6 +47,14 @@ func (s *system) newEvidence() *Evidence {
 		e.Custody = s.custody
 	}
 	return e
+}
+
+// newReporter is nil where the release names no verifier.
+func (s *system) newReporter() *Reporter {
+	if s.app.Evidence.URL == "" {
+		return nil
+	}
+	return &Reporter{Log: s.log, Config: s.app.Evidence, UserAgent: "holdfast-agent " + s.app.Name + "/" + s.app.Version, Evidence: s.newEvidence, Now: time.Now}
 }
 
 func (s *system) journalFile() []byte {
@@ -142,35 +148,21 @@ func (s *system) refuseChallenges(dir string) {
 
 // carry answers the challenges on a medium, beside them. still says whether the device is
 // the same medium yet.
-func (e *Evidence) carry(device string, still func() bool) (err error) {
-	f, err := os.Open(device)
-	if errors.Is(err, unix.ENOMEDIUM) {
-		return nil
-	}
-	if err != nil {
+func (e *Evidence) carry(device string, still func() bool) error {
+	m, err := openMedium(device, still)
+	if m == nil || err != nil || m.fs == "" {
 		return err
 	}
-	fs, err := fileSystemOf(f)
-	if err = errors.Join(err, f.Close()); err != nil || fs == "" {
+	var folders []string
+	var replies []reply
+	err = m.read(func(dir string) (err error) {
+		folders, replies, err = e.fromFolder(dir)
+		return err
+	})
+	if len(replies) == 0 || !m.writable(err) {
 		return err
 	}
-	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
-		return err
-	}
-	folders, replies, err := e.fromFolder(mediaPath)
-	unmountMedium()
-	if len(replies) == 0 || errors.Is(err, unix.EIO) || !still() {
-		return err
-	}
-	if fs == "ext4" {
-		return errors.Join(err, errors.New("a challenge on ext4 is not answered: bring a stick with FAT or exFAT"))
-	}
-	if mounted := mountMedium(device, fs, 0); mounted != nil {
-		return errors.Join(err, mounted)
-	}
-	defer func() { err = errors.Join(err, setReadOnly(device, true)) }()
-	wrote := e.write(folders, replies, "medium "+device+", in an answer", still)
-	unmountMedium()
+	wrote := m.write(func(string) error { return e.write(folders, replies, "medium "+device+", in an answer", still) })
 	if wrote != nil {
 		return errors.Join(err, fmt.Errorf("write the answer to the medium: %w", wrote))
 	}

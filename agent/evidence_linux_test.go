@@ -182,7 +182,7 @@ func TestEvidence(t *testing.T) {
 		t.Errorf("release %s, journal %s", v.Release, attached(a, journalFile))
 	}
 	w.policy.References = w.policy.References[:1]
-	w.wantAll(attest.Verify(a, c, &w.policy), attest.CheckKernel, attest.CheckLoader, attest.CheckIdentity)
+	w.wantAll(attest.Verify(a, c, &w.policy), attest.CheckKernel, attest.CheckLoader, attest.CheckDBX, attest.CheckIdentity)
 	if n := w.tpm.Handles(); n != 0 {
 		t.Errorf("%d handles are left in the TPM", n)
 	}

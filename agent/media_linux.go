@@ -109,62 +109,78 @@ func fileSystemOf(r io.ReaderAt) (string, error) {
 	return "", nil
 }
 
-// fromMedium mounts a medium, installs the first release it has for this box, and
-// says how that went, on the medium too when the spec allows it. still says whether
-// the device is the same medium yet.
-func (u *Updater) fromMedium(ctx context.Context, device string, still func() bool) (version string, err error) {
-	f, err := os.Open(device)
-	if errors.Is(err, unix.ENOMEDIUM) {
-		return "", nil // a reader of cards
-	}
-	if err != nil {
-		return "", err
-	}
-	fs, err := fileSystemOf(f)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return "", err
-	}
-	if fs == "" {
-		u.Log.Info("medium", "device", device, "filesystem", "none that is known")
-		return "", nil
-	}
-	if err := mountMedium(device, fs, unix.MS_RDONLY); err != nil {
-		return "", err
-	}
-	u.Log.Info("medium", "device", device, "filesystem", fs)
-	if u.mounted != nil {
-		u.mounted(mediaPath)
-	}
-	version, found, err := u.applyFromFolder(ctx, mediaPath)
-	unmountMedium()
-	if !found && err == nil {
-		u.Log.Info("no bundle and no repository on the medium", "device", device)
-	}
-	// What cannot be read, or was pulled out, is not written to: there may be another in its place.
-	if found && u.Config.WriteBack && fs != "ext4" && !errors.Is(err, unix.EIO) && still() {
-		err = errors.Join(err, u.writeBack(device, fs))
-	}
-	return version, err
+// medium is a device that was plugged in, with the file system that it was recognised by.
+type medium struct {
+	device string
+	fs     string // "" when it is none that is known
+	// still says whether the device is the same medium yet.
+	still func() bool
 }
 
-func mountMedium(device, fs string, flags uintptr) error {
+// openMedium recognises a medium; nil is a reader of cards without one.
+func openMedium(device string, still func() bool) (*medium, error) {
+	f, err := os.Open(device)
+	if errors.Is(err, unix.ENOMEDIUM) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	fs, err := fileSystemOf(f)
+	return &medium{device, fs, still}, errors.Join(err, f.Close())
+}
+
+// errNotExt4 is why a medium is not written: the kernel would have to replay a journal
+// that somebody else wrote.
+var errNotExt4 = errors.New("ext4 is not written to: bring a stick with FAT or exFAT")
+
+// read mounts the medium for reading only and calls do with its folder.
+func (m *medium) read(do func(dir string) error) error {
+	if err := m.mount(unix.MS_RDONLY); err != nil {
+		return err
+	}
+	defer m.unmount()
+	return do(mediaPath)
+}
+
+// writable says whether a medium whose reading ended so may be written to: what cannot
+// be read, or was pulled out, is not, since there may be another in its place.
+func (m *medium) writable(read error) bool { return !errors.Is(read, unix.EIO) && m.still() }
+
+// write mounts the medium for writing and calls do with its folder.
+func (m *medium) write(do func(dir string) error) (err error) {
+	if m.fs == "ext4" {
+		return errNotExt4
+	}
+	if err := m.mount(0); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, setReadOnly(m.device, true)) }()
+	defer m.unmount()
+	return do(mediaPath)
+}
+
+func (m *medium) mount(flags uintptr) error {
 	if err := os.MkdirAll(mediaPath, 0o700); err != nil {
 		return err
 	}
-	if err := setReadOnly(device, flags&unix.MS_RDONLY != 0); err != nil {
+	if err := setReadOnly(m.device, flags&unix.MS_RDONLY != 0); err != nil {
 		return err
 	}
 	options := ""
-	if fs == "ext4" {
+	if m.fs == "ext4" {
 		// A journal that is replayed is a medium that is written. And what to do about
 		// errors is written on the medium: it may say that the kernel is to panic.
 		options = "noload,errors=continue"
 	}
-	if err := unix.Mount(device, mediaPath, fs, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, options); err != nil {
-		return fmt.Errorf("mount %s as %s: %w", device, fs, err)
+	if err := unix.Mount(m.device, mediaPath, m.fs, flags|unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOSYMFOLLOW, options); err != nil {
+		return fmt.Errorf("mount %s as %s: %w", m.device, m.fs, err)
 	}
 	return nil
 }
+
+// unmount lets go of a medium, even one that was pulled out.
+func (m *medium) unmount() { unix.Unmount(mediaPath, unix.MNT_DETACH) }
 
 // setReadOnly says whether the kernel may write to a device. Mounted read-only, ext4
 // writes all the same: what is wrong with it goes into its superblock.
@@ -181,8 +197,35 @@ func setReadOnly(device string, on bool) (err error) {
 	return nil
 }
 
-// unmountMedium lets go of a medium, even one that was pulled out.
-func unmountMedium() { unix.Unmount(mediaPath, unix.MNT_DETACH) }
+// fromMedium installs the first release that a medium has for this box, and says how
+// that went, on the medium too when the spec allows it. still says whether the device is
+// the same medium yet.
+func (u *Updater) fromMedium(ctx context.Context, device string, still func() bool) (version string, err error) {
+	m, err := openMedium(device, still)
+	if m == nil || err != nil {
+		return "", err
+	}
+	if m.fs == "" {
+		u.Log.Info("medium", "device", device, "filesystem", "none that is known")
+		return "", nil
+	}
+	found := false
+	err = m.read(func(dir string) (err error) {
+		u.Log.Info("medium", "device", device, "filesystem", m.fs)
+		if u.mounted != nil {
+			u.mounted(dir)
+		}
+		version, found, err = u.applyFromFolder(ctx, dir)
+		return err
+	})
+	if !found && err == nil {
+		u.Log.Info("no bundle and no repository on the medium", "device", device)
+	}
+	if found && u.Config.WriteBack && m.fs != "ext4" && m.writable(err) {
+		err = errors.Join(err, u.writeBack(m))
+	}
+	return version, err
+}
 
 // applyFromFolder installs the first that fits of the bundles and repositories in a
 // folder. found says that there was any.
@@ -257,26 +300,21 @@ func findReleases(dir string) ([]string, error) {
 
 // writeBack leaves the outcome on the medium, for the way home. It holds nothing
 // that is secret.
-func (u *Updater) writeBack(device, fs string) (err error) {
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("write the outcome to the medium: %w", err)
-		}
-	}()
+func (u *Updater) writeBack(m *medium) error {
 	text, err := json.MarshalIndent(struct {
 		Product  string       `json:"product"`
 		DeviceID string       `json:"device_id"`
 		Time     time.Time    `json:"time"`
 		Update   UpdateStatus `json:"update"`
 	}{u.Device.Product, u.Device.ID, u.Now().UTC(), u.Status()}, "", "  ")
+	if err == nil {
+		name := "holdfast-result-" + u.Device.Product + "-" + u.Device.ID[:min(8, len(u.Device.ID))] + ".json"
+		err = m.write(func(dir string) error {
+			return update.WriteFile(filepath.Join(dir, name), append(text, '\n'), 0o644)
+		})
+	}
 	if err != nil {
-		return err
+		return fmt.Errorf("write the outcome to the medium: %w", err)
 	}
-	if err := mountMedium(device, fs, 0); err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, setReadOnly(device, true)) }()
-	defer unmountMedium()
-	name := "holdfast-result-" + u.Device.Product + "-" + u.Device.ID[:min(8, len(u.Device.ID))] + ".json"
-	return update.WriteFile(filepath.Join(mediaPath, name), append(text, '\n'), 0o644)
+	return nil
 }

@@ -63,6 +63,8 @@ type Status struct {
 	Update *UpdateStatus `json:"update,omitempty"`
 	// Recovery is how the recovery key is kept; nil without data volumes.
 	Recovery *RecoveryStatus `json:"recovery,omitempty"`
+	// Evidence is what the vendor's verifier said last; nil in a release that asks none.
+	Evidence *EvidenceStatus `json:"evidence,omitempty"`
 
 	Boot BootTimes `json:"boot"`
 	// ResidentBytes is the agent's memory now, PeakBytes the most it has had.
@@ -221,6 +223,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	if s.Update != nil {
 		s.Update.lines(&b)
+	}
+	if s.Evidence != nil {
+		s.Evidence.lines(&b)
 	}
 	n, err := io.WriteString(w, b.String())
 	return int64(n), err

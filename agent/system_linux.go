@@ -25,18 +25,19 @@ import (
 
 // system is the agent as PID 1 on the root.
 type system struct {
-	app     image.Appliance
-	log     *slog.Logger
-	console io.Writer
-	procs   *processes
-	power   chan bool   // true: reboot
-	started atomic.Bool // every onboot container has succeeded, services are being kept
-	failed  atomic.Bool // one has not
-	updater *Updater    // nil in a release that takes no updates
-	keeper  *Keeper     // nil without data volumes
-	sealed  sealed
-	keys    atomic.Pointer[SecureBootStatus] // nil until they were looked at
-	custody *Custody                         // nil in an appliance without data volumes
+	app      image.Appliance
+	log      *slog.Logger
+	console  io.Writer
+	procs    *processes
+	power    chan bool   // true: reboot
+	started  atomic.Bool // every onboot container has succeeded, services are being kept
+	failed   atomic.Bool // one has not
+	updater  *Updater    // nil in a release that takes no updates
+	keeper   *Keeper     // nil without data volumes
+	sealed   sealed
+	keys     atomic.Pointer[SecureBootStatus] // nil until they were looked at
+	custody  *Custody                         // nil in an appliance without data volumes
+	reporter *Reporter                        // nil in a release whose evidence is sent nowhere
 
 	mu       sync.Mutex
 	initrd   Status // what the initrd left
@@ -61,6 +62,7 @@ func RunSystem(console io.Writer) error {
 	s.openKeeper()
 	s.settleRecovery()
 	s.settleUpdates()
+	s.reporter = s.newReporter()
 	ctx, stop := context.WithCancel(context.Background())
 	defer stop()
 	if err := s.serveAPI(ctx); err != nil {
@@ -246,6 +248,10 @@ func (s *system) status() *Status {
 	if s.custody != nil {
 		r := s.custody.Status()
 		out.Recovery = &r
+	}
+	if s.reporter != nil {
+		e := s.reporter.Status()
+		out.Evidence = &e
 	}
 	for _, group := range []struct {
 		kind string

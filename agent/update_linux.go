@@ -219,22 +219,31 @@ func (u *Updater) follow(ctx context.Context, reboot func(version string)) {
 	if u.Config.URL == "" || u.Config.CheckSec == 0 {
 		return
 	}
-	every := time.Duration(u.Config.CheckSec) * time.Second
-	wait := firstCheckMin + rand.N(min(firstCheckMax, every/10+1))
-	retry := retryMin
-	for sleep(ctx, wait) {
+	repeat(ctx, time.Duration(u.Config.CheckSec)*time.Second, func() error {
 		version, err := u.step(ctx)
 		switch {
-		case version != "" && err == nil:
-			u.rebootInWindow(ctx, func() { reboot(version) })
-			fallthrough
-		case err == nil || errors.Is(err, ErrNoUpdate):
-			retry, wait = retryMin, every*9/10+rand.N(every/5+1)
-		default:
+		case errors.Is(err, ErrNoUpdate):
+			return nil
+		case err != nil:
 			u.Log.Warn("update", "error", err)
-			wait = retry/2 + rand.N(retry/2)
-			retry = min(2*retry, retryMax)
+		case version != "":
+			u.rebootInWindow(ctx, func() { reboot(version) })
 		}
+		return err
+	})
+}
+
+// repeat does something until ctx ends: soon after the start, then every so often, and
+// sooner after an error, with pauses that grow. Chance keeps boxes from doing it in step.
+func repeat(ctx context.Context, every time.Duration, do func() error) {
+	wait, retry := firstCheckMin+rand.N(min(firstCheckMax, every/10+1)), retryMin
+	for sleep(ctx, wait) {
+		if do() == nil {
+			wait, retry = every/10*9+rand.N(every/5+1), retryMin
+			continue
+		}
+		wait = retry/2 + rand.N(retry/2)
+		retry = min(2*retry, retryMax)
 	}
 }
 
@@ -311,6 +320,9 @@ func (s *system) updates(ctx context.Context) {
 	}
 	if s.custody != nil {
 		go s.custody.deliver(ctx)
+	}
+	if s.reporter != nil {
+		go s.reporter.follow(ctx)
 	}
 	if s.takesFromMedia() || s.carriesEscrow() || s.app.Evidence.Stick {
 		go watchMedia(ctx, s.initrd.Disk, func(device string, still func() bool) { s.lookAt(ctx, device, still, restart) })

@@ -4,11 +4,8 @@
 //
 //	go run ./examples/attest -store fleet -release out/release -roots tpm-roots -enrol
 //
-// A box, or whoever carries its files:
-//
-//	POST /challenge            -> 200, a challenge. With a first answer as the body it
-//	                              has a credential for that box: first contact.
-//	POST /answer  (an answer)  -> 200 it is good, 403 it is not; the verdict as JSON
+// It speaks the protocol in package seal/attest, with boxes whose spec has evidence: {url:
+// https://HOST, ca: FILE}, and with whoever carries their files.
 //
 // The folder has challenges/ (each is good for one answer within an hour, and the last
 // thousand are kept), records/ (one file for each box, see attest.Record), and alarms/:

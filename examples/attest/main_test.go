@@ -4,17 +4,22 @@ import (
 	"bytes"
 	"compress/gzip"
 	"encoding/json"
+	"encoding/pem"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
 
+	"github.com/holdfast-os/holdfast/agent"
+	"github.com/holdfast-os/holdfast/image"
+	"github.com/holdfast-os/holdfast/seal"
 	"github.com/holdfast-os/holdfast/seal/attest"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/seal/sealtest"
@@ -199,6 +204,48 @@ func TestChallenges(t *testing.T) {
 	f.v.now = func() time.Time { return now.Add(lifetime + time.Second) }
 	if code, b := f.post("/answer", last); code != http.StatusForbidden || !bytes.Contains(b, []byte("no challenge is given")) || f.files("challenges") != 0 {
 		t.Errorf("late: %d %s; %d challenges are kept", code, b, f.files("challenges"))
+	}
+}
+
+// TestBoxReports: the agent's own code talks to the service, over TLS with the release's
+// certificate: first contact and more at one go, and later what is wrong is in its status.
+func TestBoxReports(t *testing.T) {
+	f := newFleet(t)
+	server := httptest.NewTLSServer(f.v.handler())
+	t.Cleanup(server.Close)
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	var log bytes.Buffer
+	r := &agent.Reporter{
+		Log: slog.New(slog.NewTextHandler(&log, nil)), Config: image.Evidence{URL: server.URL, CAPEM: string(ca)}, Now: time.Now,
+		Evidence: func() *agent.Evidence {
+			return &agent.Evidence{
+				Log: slog.New(slog.DiscardHandler), Now: time.Now, OpenTPM: func() (seal.TPM, error) { return f.tpm, nil },
+				Statement: func() attest.Statement { return f.input.Statement }, EventLog: func() ([]byte, error) { return f.input.EventLog, nil },
+			}
+		},
+	}
+	for range 2 {
+		if err := r.Report(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if s := r.Status(); s.Result != "pass" || len(s.Checks) != 0 || f.files("records") != 1 || f.files("challenges") != 0 {
+			t.Errorf("%+v, %d records, %d challenges are left", s, f.files("records"), f.files("challenges"))
+		}
+		f.v.enrol = false
+	}
+	f.tpm.Extend(12, "init=/bin/sh")
+	if err := r.Report(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if s := r.Status(); s.Result != "fail" || len(s.Checks) == 0 || f.files("alarms") != 2 {
+		t.Errorf("a command line from outside: %+v, %d files of alarms", s, f.files("alarms"))
+	}
+	server.Close()
+	if err := r.Report(t.Context()); err == nil || r.Status().LastError == "" || r.Status().Result != "fail" {
+		t.Errorf("the service is down: %v, %+v", err, r.Status())
+	}
+	if strings.Count(log.String(), "evidence judged") != 3 {
+		t.Errorf("log %s", log.String())
 	}
 }
 

@@ -149,6 +149,10 @@ func (b *builder) release() error {
 	if err != nil {
 		return err
 	}
+	evidence, err := b.readEvidence()
+	if err != nil {
+		return err
+	}
 	sb, err := b.readSecureBoot()
 	if err != nil {
 		return err
@@ -157,7 +161,7 @@ func (b *builder) release() error {
 	if err != nil {
 		return err
 	}
-	root, appliance, err := b.compose(k, t, recovery, sb)
+	root, appliance, err := b.compose(k, t, recovery, evidence, sb)
 	if err != nil {
 		return err
 	}

@@ -57,7 +57,7 @@ func (b *builder) at(key string, err error) error {
 }
 
 // compose makes the root and what the device has to know of it.
-func (b *builder) compose(k *kernel, t trust, r image.Recovery, sb secureBoot) (*tree.Node, *image.Appliance, error) {
+func (b *builder) compose(k *kernel, t trust, r image.Recovery, e image.Evidence, sb secureBoot) (*tree.Node, *image.Appliance, error) {
 	root := tree.NewDir(0o755)
 	root.MTimeSec = b.epochSec()
 	if k.root != nil {
@@ -71,7 +71,7 @@ func (b *builder) compose(k *kernel, t trust, r image.Recovery, sb secureBoot) (
 		root.Merge(src.root)
 	}
 	app := b.appliance()
-	app.Update, app.Recovery, app.SecureBoot = t.update, r, sb.SecureBoot
+	app.Update, app.Recovery, app.SecureBoot, app.Evidence = t.update, r, sb.SecureBoot, e
 	for _, dir := range rootFolders {
 		if _, err := root.MkdirAll(dir, b.epochSec()); err != nil {
 			return nil, nil, err
@@ -105,7 +105,6 @@ func (b *builder) appliance() *image.Appliance {
 			Policy: s.Seal.Policy, PolicyKeyPEM: string(b.in.Keys.PolicyPublicPEM),
 			PIN: s.Seal.PIN, Repair: s.Seal.Repair, Epoch: b.sealEpoch(),
 		},
-		Evidence: image.Evidence(s.Evidence),
 	}
 	for _, d := range s.Disk.Data {
 		a.Volumes = append(a.Volumes, image.Volume{Name: d.Name, Mount: d.Mount, SizeBytes: int64(d.Size), Integrity: d.Integrity})

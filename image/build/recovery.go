@@ -44,17 +44,37 @@ func (b *builder) readRecovery() (image.Recovery, error) {
 		}
 		r.ReceiptKeyPEM = string(text)
 	}
-	if s.CA != "" {
-		text, err := b.small(s.CA, maxCABytes)
-		if err == nil && !x509.NewCertPool().AppendCertsFromPEM(text) {
-			err = errors.New(s.CA + " holds no certificate in PEM")
-		}
-		if err != nil {
-			return r, b.at("recovery.ca", err)
-		}
-		r.CAPEM = string(text)
+	var err error
+	r.CAPEM, err = b.certificates("recovery.ca", s.CA)
+	return r, err
+}
+
+// certificates reads a server's, which the spec names under that key; no file is none.
+func (b *builder) certificates(key, file string) (string, error) {
+	if file == "" {
+		return "", nil
 	}
-	return r, nil
+	text, err := b.small(file, maxCABytes)
+	if err == nil && !x509.NewCertPool().AppendCertsFromPEM(text) {
+		err = errors.New(file + " holds no certificate in PEM")
+	}
+	if err != nil {
+		return "", b.at(key, err)
+	}
+	return string(text), nil
+}
+
+// readEvidence is what the evidence section says.
+func (b *builder) readEvidence() (image.Evidence, error) {
+	s := b.spec.Evidence
+	e := image.Evidence{Stick: s.Stick, URL: s.URL, Include: s.Include}
+	if s.URL == "" {
+		return e, nil
+	}
+	e.EverySec = s.Every.Seconds()
+	var err error
+	e.CAPEM, err = b.certificates("evidence.ca", s.CA)
+	return e, err
 }
 
 // recipient is the holder's key, or the one line of the file that it names.

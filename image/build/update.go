@@ -2,7 +2,6 @@ package build
 
 import (
 	"bytes"
-	"crypto/x509"
 	"errors"
 	"fmt"
 
@@ -55,18 +54,8 @@ func (b *builder) readTrust() (trust, error) {
 			return trust{}, b.at("update.fleet_key", err)
 		}
 	}
-	if u.CA == "" {
-		return t, nil
-	}
-	certificates, err := b.small(u.CA, maxCABytes)
-	if err == nil && !x509.NewCertPool().AppendCertsFromPEM(certificates) {
-		err = errors.New(u.CA + " holds no certificate in PEM")
-	}
-	if err != nil {
-		return trust{}, b.at("update.ca", err)
-	}
-	t.update.CAPEM = string(certificates)
-	return t, nil
+	t.update.CAPEM, err = b.certificates("update.ca", u.CA)
+	return t, err
 }
 
 // checkFleetKey tells the usual mistakes without the key: age quotes what it cannot read.

@@ -25,6 +25,7 @@ const DefaultCheck Interval = 6 * 60 * 60
 //	seal.repair       automatic
 //	recovery.console  text; recovery.threshold 1, when there are holders
 //	secureboot.enroll off
+//	evidence.every    24h, when there is a url
 //	update.channel    stable, and check 6h, automatic true, stick true, when there is an update section
 //	files[].mode      0600, folders 0700
 //	services[].restart always
@@ -59,6 +60,7 @@ func (s *Spec) ApplyDefaults() {
 		s.Disk.Data = []Data{{Name: "data", Mount: "/data"}}
 	}
 	s.Recovery.applyDefaults()
+	s.Evidence.applyDefaults()
 	if u := &s.Update; u.given() {
 		yes := func(p **bool) {
 			if *p == nil {

@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"net/url"
 	"slices"
 
 	"github.com/holdfast-os/holdfast/image"
@@ -14,6 +15,13 @@ type Evidence struct {
 	// Stick answers a challenge (holdfast attest challenge) on a medium that is plugged
 	// in, in a file beside it. The default is false.
 	Stick bool `yaml:"stick"`
+	// URL is an https address of the vendor's verifier. The box asks it for a challenge and
+	// sends the answer after each start, once the release is kept, and so after each update,
+	// and then Every so often, by default 24h; "never" is after starts only. The protocol is
+	// in package seal/attest, a server in examples/attest.
+	URL   string   `yaml:"url"`
+	CA    string   `yaml:"ca"` // PEM file on the build machine
+	Every Interval `yaml:"every"`
 	// Include are files that go along with an answer, by these words. The default is none.
 	//
 	//	journal  what became of the last 50 updates
@@ -23,7 +31,27 @@ type Evidence struct {
 	Include []string `yaml:"include"`
 }
 
+// DefaultEvery is evidence.every when not given.
+const DefaultEvery Interval = 24 * 60 * 60
+
+func (s *Evidence) applyDefaults() {
+	if s.URL != "" && s.Every == 0 {
+		s.Every = DefaultEvery
+	}
+}
+
 func (r *report) checkEvidence(s *Evidence) {
+	if s.URL != "" {
+		parsed, err := url.Parse(s.URL)
+		if err != nil || parsed.Scheme != "https" || parsed.Host == "" || parsed.User != nil || parsed.RawQuery != "" || parsed.Fragment != "" {
+			r.errorf("evidence.url", "write https://attest.example/boxes", "%q is not an https address without user, query and fragment", s.URL)
+		}
+	}
+	for _, key := range []string{"evidence.ca", "evidence.every"} {
+		if r.pos.has(key) && !r.pos.has("evidence.url") {
+			r.warnf(key, "", "has no effect without url")
+		}
+	}
 	for i, word := range s.Include {
 		at := index("evidence.include", i)
 		r.oneOf(at, word, image.EvidenceJournal, image.EvidenceStatus, image.EvidenceLogs, image.EvidenceEscrow)
@@ -41,5 +69,8 @@ func (r *report) validateEvidence(s *Spec) {
 	}
 	if e.Stick && len(s.Handoff) > 0 {
 		r.errorf("evidence.stick", "let that init run holdfast-agent attest", "after a hand-off no agent runs that looks at media")
+	}
+	if e.URL != "" && len(s.Handoff) > 0 {
+		r.errorf("evidence.url", "let that init run holdfast-agent attest", "after a hand-off no agent runs that asks for challenges")
 	}
 }

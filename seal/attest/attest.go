@@ -35,6 +35,19 @@
 // takes all checks to pass, except those whose being unknown the caller accepts by name
 // ([Policy.Accept]). No document makes this package panic; see [Verify].
 //
+// A box can bring its evidence by itself, over https. URL is the verifier's:
+//
+//	POST URL/challenge              200, a challenge
+//	POST URL/challenge  (an answer) 200, a challenge with a credential for that box
+//	POST URL/answer     (an answer) 200 it is good, or 403 it is not; the [Verdict] as JSON
+//
+// A body is the file, of type application/octet-stream. When the verdict says that the AK
+// is not bound ([CheckAK] is unknown), the box asks for a challenge once more, with its
+// answer, and answers that: first contact in four requests. A challenge is good for one
+// answer. Every other status is an error, after which the box comes again later, with
+// pauses that grow. The box takes nothing from the verdict but a line for its status, and
+// the server is who it is by its certificate only: what counts is signed by the TPM.
+//
 // What this does not protect: a box whose approved release is broken into at run time,
 // which measures what it did before; against a TPM that is taken out and talked to by
 // another computer; against a manufacturer who certifies keys that are in no TPM. It
