@@ -40,6 +40,8 @@ require (
 	github.com/theupdateframework/go-tuf/v2 v2.4.2
 	// xz, which Debian packages and kernel modules are compressed with.
 	github.com/ulikunitz/xz v0.5.17
+	// the signature of a CoRIM: COSE_Sign1, its headers and what is signed.
+	github.com/veraison/go-cose v1.3.0
 	// network links, addresses and routes.
 	github.com/vishvananda/netlink v1.3.1
 	// YAML with line and column of every node.
@@ -62,6 +64,7 @@ require (
 	github.com/dgryski/go-camellia v0.0.0-20191119043421-69a8a13fb23d // indirect
 	github.com/docker/cli v29.7.2+incompatible // indirect
 	github.com/docker/docker-credential-helpers v0.9.3 // indirect
+	github.com/fxamacker/cbor/v2 v2.5.0 // indirect
 	github.com/google/go-cmp v0.7.0 // indirect
 	github.com/josharian/native v1.1.0 // indirect
 	github.com/jzelinskie/whirlpool v0.0.0-20201016144138-0675e54bb004 // indirect
@@ -73,6 +76,7 @@ require (
 	github.com/sirupsen/logrus v1.9.4 // indirect
 	github.com/u-root/uio v0.0.0-20230305220412-3e8cd9d6bf63 // indirect
 	github.com/vishvananda/netns v0.0.5 // indirect
+	github.com/x448/float16 v0.8.4 // indirect
 	golang.org/x/net v0.60.0 // indirect
 	golang.org/x/sync v0.24.0 // indirect
 	golang.org/x/tools v0.49.0 // indirect

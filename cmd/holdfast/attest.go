@@ -23,6 +23,7 @@ import (
 	"github.com/holdfast-os/holdfast/seal/attest/tpmtools"
 	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/update"
+	"github.com/holdfast-os/holdfast/update/repo"
 )
 
 const attestUsage = `usage: holdfast attest VERB [OPTIONS] ...
@@ -502,13 +503,16 @@ example: holdfast attest export holdfast-answer-5f3a9c01-….bin -o attestation.
 }
 
 func attestCoRIM(ctx context.Context, c *cli, args []string) error {
-	f := c.flags("attest corim", "", `Write the reference values of releases as a CoRIM (draft-ietf-rats-corim-10), unsigned.
+	f := c.flags("attest corim", "", `Write the reference values of releases as a CoRIM (draft-ietf-rats-corim-10). With --sign
+it is in a COSE_Sign1, signed by an Ed25519 or ECDSA P-256 key in PKCS #8, as openssl
+genpkey makes it; the product is the signer's name.
 
-example: holdfast attest corim --repo repo -o ledger.corim`)
+example: holdfast attest corim --repo repo --sign corim-key.pem -o ledger.corim`)
 	var o attestOptions
 	f.StringVar(&o.repo, "repo", "", "`folder` of the update repository: all its releases")
 	f.StringVar(&o.root, "root", "", "`file` root.json to verify the repository with, instead of its own first")
 	f.Var(&o.releases, "release", "`folder` of a build or manifest.json of a release; repeat")
+	key := f.String("sign", "", "`file` with the private key to sign with")
 	out := f.String("o", "", "`file` to write")
 	if _, err := parse(f, args, 0); err != nil {
 		return err
@@ -526,6 +530,15 @@ example: holdfast attest corim --repo repo -o ledger.corim`)
 	b, err := corim.Marshal(p.References[0].Product, p.References)
 	if err != nil {
 		return err
+	}
+	if *key != "" {
+		signer, err := repo.LoadKey(*key)
+		if err != nil {
+			return err
+		}
+		if b, err = corim.Sign(b, signer, p.References[0].Product); err != nil {
+			return err
+		}
 	}
 	if err := writeWhole(*out, b, 0o644); err != nil {
 		return err

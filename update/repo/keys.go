@@ -56,28 +56,37 @@ func LoadKeys(dir string) ([]crypto.Signer, error) {
 	}
 	var keys []crypto.Signer
 	for _, name := range names {
-		b, err := readFile(name)
+		s, err := LoadKey(name)
 		if err != nil {
-			return nil, fmt.Errorf("load keys: %w", err)
-		}
-		block, _ := pem.Decode(b)
-		if block == nil || block.Type != "PRIVATE KEY" {
-			return nil, fmt.Errorf("load keys: %s is not a PEM file of a PKCS #8 key", name)
-		}
-		k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("load key %s: %w", name, err)
-		}
-		s, ok := k.(crypto.Signer)
-		if !ok {
-			return nil, fmt.Errorf("load key %s: a %T cannot sign", name, k)
-		}
-		if _, err := KeyID(s.Public()); err != nil {
-			return nil, fmt.Errorf("load key %s: %w", name, err)
+			return nil, err
 		}
 		keys = append(keys, s)
 	}
 	return keys, nil
+}
+
+// LoadKey reads one file of the kind of [LoadKeys].
+func LoadKey(name string) (crypto.Signer, error) {
+	b, err := readFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("load keys: %w", err)
+	}
+	block, _ := pem.Decode(b)
+	if block == nil || block.Type != "PRIVATE KEY" {
+		return nil, fmt.Errorf("load keys: %s is not a PEM file of a PKCS #8 key", name)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, fmt.Errorf("load key %s: %w", name, err)
+	}
+	s, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("load key %s: a %T cannot sign", name, k)
+	}
+	if _, err := KeyID(s.Public()); err != nil {
+		return nil, fmt.Errorf("load key %s: %w", name, err)
+	}
+	return s, nil
 }
 
 // KeyID is the name of a key in metadata, TUF §4.2: the SHA-256 of its canonical form.

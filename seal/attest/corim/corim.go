@@ -1,16 +1,16 @@
 // Package corim writes the reference values of releases as a CoRIM, a Concise Reference
 // Integrity Manifest: draft-ietf-rats-corim-10, in CBOR (RFC 8949 §4.2, deterministic).
-// Call [Marshal].
+// Call [Marshal], and [Sign] to sign it with the vendor's key.
 //
-// Subset: one unsigned CoRIM with one CoMID for each release, whose environment is the
+// Subset: one CoRIM with one CoMID for each release, whose environment is the
 // product and the version, with reference triples. The measurement with integrity
 // registers has PCR 11, behind the phase "leave-initrd", and PCR 12; those with the key
 // 4 have the programs whose digests are extended into PCR 4.
 //
 // It is an export only: the draft still moves, and what this project itself believes is
-// the manifest. It signs nothing; sign it as COSE (tag 18) with the vendor's own tools,
-// or trust where it comes from. The library of the Veraison project would bring its
-// signatures, JSON web keys and two dozen modules; it judges the tests.
+// the manifest. A signed one says who made it and in its header not for how long. The
+// Veraison project's library of CoRIM would bring JSON web keys and two dozen modules; it
+// judges the tests. Its library of COSE makes the signatures.
 package corim
 
 import (

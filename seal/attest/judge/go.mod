@@ -8,6 +8,7 @@ require (
 	github.com/google/go-tpm v0.9.8
 	github.com/google/go-tpm-tools v0.4.9
 	github.com/veraison/corim v1.1.2
+	github.com/veraison/go-cose v1.1.1-0.20230825153510-da0f9a62ade7
 	google.golang.org/protobuf v1.36.11
 )
 
@@ -32,7 +33,6 @@ require (
 	github.com/spf13/cast v1.4.1 // indirect
 	github.com/stretchr/testify v1.9.0 // indirect
 	github.com/veraison/eat v0.0.0-20210331113810-3da8a4dd42ff // indirect
-	github.com/veraison/go-cose v1.1.1-0.20230825153510-da0f9a62ade7 // indirect
 	github.com/veraison/swid v1.1.1-0.20230911094910-8ffdd07a22ca // indirect
 	github.com/x448/float16 v0.8.4 // indirect
 	go.uber.org/multierr v1.11.0 // indirect
