@@ -54,7 +54,8 @@
 // hides nothing: EK and AK are the same for all verifiers, for the TPM's life.
 //
 // Subset: TPM 2.0, the SHA-256 bank, one quote; AK of ECC P-256, or RSA 2048 where the
-// TPM has no ECC; EK of the TCG's templates L-1 (RSA 2048) and L-2 (ECC P-256). The
+// TPM has no ECC; EK of the TCG's templates L-1 and H-1 (RSA 2048), L-2 and H-2 (ECC
+// P-256), H-3 (ECC P-384) and H-6 (RSA 3072). The
 // device side is in device.go and sends TPM commands; nothing else here needs a TPM.
 // The answer is a binary file of ours; the statement and the challenge are JSON.
 // Package tpmtools reads and writes the attestations of go-tpm-tools.

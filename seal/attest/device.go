@@ -149,7 +149,7 @@ func makePrimary(t seal.TPM, template tpm2.TPMTPublic) (key, error) {
 		return key{}, err
 	}
 	public := rsp.OutPublic.Bytes()
-	return key{handle: rsp.ObjectHandle, name: nameOf(public), public: public}, nil
+	return key{handle: rsp.ObjectHandle, name: rsp.Name.Buffer, public: public}, nil
 }
 
 // endorse finds or makes the endorsement key and opens the credential with it. A
@@ -173,27 +173,30 @@ func (a *Answer) endorse(t seal.TPM, ak key, c *Credential) (secret []byte, err 
 	return secret, err
 }
 
-// persistentEKs are where the TCG's guidance and Windows keep endorsement keys.
-func persistentEKs() []tpm2.TPMHandle { return []tpm2.TPMHandle{0x81010001, 0x81010002} }
-
 // findEK is the key with the public area want, or, where that is empty, the first one
 // that the TPM can make. One that is kept in the TPM spares the making of an RSA key,
 // which takes a chip up to half a minute.
 func findEK(t seal.TPM, want []byte) (key, error) {
-	for _, h := range persistentEKs() {
-		rsp, err := tpm2.ReadPublic{ObjectHandle: h}.Execute(t)
-		if err == nil && len(want) > 0 && bytes.Equal(rsp.OutPublic.Bytes(), want) {
-			return key{handle: h, name: nameOf(want), public: want, persistent: true}, nil
+	templates := ekTemplates()
+	if len(want) > 0 {
+		public, err := parseEK(want)
+		if err != nil {
+			return key{}, fmt.Errorf("endorsement key: %w", err)
+		}
+		templates = slices.DeleteFunc(templates, func(t ekTemplate) bool {
+			area, ok := t.of(public)
+			return !ok || !bytes.Equal(area, want)
+		})
+		for _, template := range templates {
+			rsp, err := tpm2.ReadPublic{ObjectHandle: template.persistent}.Execute(t)
+			if err == nil && bytes.Equal(rsp.OutPublic.Bytes(), want) {
+				return key{handle: template.persistent, name: rsp.Name.Buffer, public: want, persistent: true}, nil
+			}
 		}
 	}
 	var refused error
-	for _, template := range ekTemplates() {
-		if len(want) > 0 {
-			if p, err := parsePublic(want); err != nil || p.Type != template.Type {
-				continue
-			}
-		}
-		k, err := makePrimary(t, template)
+	for _, template := range templates {
+		k, err := makePrimary(t, template.area)
 		if err != nil {
 			refused = err
 			continue
@@ -207,9 +210,14 @@ func findEK(t seal.TPM, want []byte) (key, error) {
 	return key{}, fmt.Errorf("make the endorsement key: %w", refused)
 }
 
-// activate is TPM2_ActivateCredential. The EK wants the endorsement hierarchy's
-// authorization, by policy: TCG EK Credential Profile 2.5 §B.3.
+// activate is TPM2_ActivateCredential. An EK of the low range wants the endorsement
+// hierarchy's authorization, by policy; one of the high range takes its password.
+// TCG EK Credential Profile 2.5 §B.3, §B.4.
 func activate(t seal.TPM, ak, ek key, c *Credential) ([]byte, error) {
+	public, err := parsePublic(ek.public)
+	if err != nil {
+		return nil, fmt.Errorf("open the credential: endorsement key: %w", err)
+	}
 	policy := func(t seal.TPM, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
 		_, err := tpm2.PolicySecret{
 			AuthHandle:    tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth(nil)},
@@ -217,9 +225,13 @@ func activate(t seal.TPM, ak, ek key, c *Credential) ([]byte, error) {
 		}.Execute(t)
 		return err
 	}
+	session := tpm2.Policy(tpm2.TPMAlgSHA256, 16, policy)
+	if public.Attributes&attributePassword != 0 {
+		session = tpm2.PasswordAuth(nil)
+	}
 	rsp, err := tpm2.ActivateCredential{
 		ActivateHandle: ak.auth(tpm2.PasswordAuth(nil)),
-		KeyHandle:      ek.auth(tpm2.Policy(tpm2.TPMAlgSHA256, 16, policy)),
+		KeyHandle:      ek.auth(session),
 		CredentialBlob: tpm2.TPM2BIDObject{Buffer: c.Blob},
 		Secret:         tpm2.TPM2BEncryptedSecret{Buffer: c.Seed},
 	}.Execute(t)
@@ -269,10 +281,6 @@ func (a *Answer) quote(t seal.TPM, ak key, data pcr.Digest) error {
 	return fmt.Errorf("quote: something measures into PCR %v all the time; %d quotes did not match the registers read before", Selection(), quoteTries)
 }
 
-// The indices of EK certificates: TCG PC Client Platform TPM Profile 1.05 §4.5.1, EK
-// Credential Profile 2.5 §2.2.1.4. ECC comes first, because the TPM makes that key faster.
-func certificateIndices() []tpm2.TPMHandle { return []tpm2.TPMHandle{0x01c0000a, 0x01c00002} }
-
 // firstIssuerIndex and the indices behind it hold the certificates of issuers, where
 // the TPM has them (Intel's on-die CA): EK Credential Profile 2.5 §2.2.1.5.2.
 const firstIssuerIndex tpm2.TPMHandle = 0x01c00100
@@ -280,8 +288,8 @@ const firstIssuerIndex tpm2.TPMHandle = 0x01c00100
 // readCertificates gets the EK's certificate, those of its issuers, and the public area
 // that goes with it. What cannot be read is left out.
 func readCertificates(t seal.TPM) (certificates [][]byte, ek []byte) {
-	for _, index := range certificateIndices() {
-		der, err := readNV(t, index)
+	for _, template := range ekTemplates() {
+		der, err := readNV(t, template.certificate)
 		if err != nil || len(der) == 0 {
 			continue
 		}
@@ -290,7 +298,7 @@ func readCertificates(t seal.TPM) (certificates [][]byte, ek []byte) {
 			continue
 		}
 		if key, err := certificateKey(der); err == nil {
-			ek, _ = ekOf(key) // of another template: the EK is made, and its own
+			ek, _ = template.of(key) // of another template: the EK is made, and its own
 		}
 		certificates = append(certificates, der)
 		break

@@ -1,10 +1,8 @@
 package attest
 
 import (
-	"bytes"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/asn1"
@@ -68,6 +66,7 @@ const (
 	attributeFixedTPM    = 1 << 1
 	attributeFixedParent = 1 << 4
 	attributeOrigin      = 1 << 5 // sensitiveDataOrigin
+	attributePassword    = 1 << 6 // userWithAuth
 	attributeRestricted  = 1 << 16
 	attributeDecrypt     = 1 << 17
 	attributeSign        = 1 << 18
@@ -141,76 +140,34 @@ func checkAK(p *public) error {
 		return fmt.Errorf("its name is made with algorithm 0x%04x, not SHA-256", uint16(p.NameAlg))
 	case p.Attributes&(attributeRestricted|attributeSign|attributeDecrypt) != attributeRestricted|attributeSign:
 		return errors.New("it is not restricted to signing: it would sign a quote that somebody made up")
+	case p.Type == tpm2.TPMAlgECC && p.Curve != tpm2.TPMECCNistP256 || p.Type == tpm2.TPMAlgRSA && p.KeyBits != 2048:
+		return errors.New("it is neither on P-256 nor RSA 2048")
 	case p.Attributes&wants != wants:
 		return errors.New("it may leave the TPM or came from outside")
 	}
 	return nil
 }
 
-// key is the key of a public area, of a kind that this package verifies.
+// key is the key of a public area, of a kind that this package knows.
 func (p *public) key() (crypto.PublicKey, error) {
 	if p.Type == tpm2.TPMAlgECC {
-		if p.Curve != tpm2.TPMECCNistP256 || len(p.Unique) > 32 || len(p.UniqueY) > 32 {
-			return nil, fmt.Errorf("a key on curve 0x%04x, not P-256", uint16(p.Curve))
+		curve := curveOf(p.Curve)
+		if curve == nil {
+			return nil, fmt.Errorf("a key on curve 0x%04x, not P-256 or P-384", uint16(p.Curve))
 		}
-		uncompressed := append([]byte{4}, make([]byte, 64)...)
-		copy(uncompressed[33-len(p.Unique):], p.Unique)
-		copy(uncompressed[65-len(p.UniqueY):], p.UniqueY)
-		return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), uncompressed)
+		size := curve.Params().BitSize / 8
+		if len(p.Unique) > size || len(p.UniqueY) > size {
+			return nil, fmt.Errorf("a key on curve 0x%04x of %d and %d bytes", uint16(p.Curve), len(p.Unique), len(p.UniqueY))
+		}
+		uncompressed := append([]byte{4}, make([]byte, 2*size)...)
+		copy(uncompressed[1+size-len(p.Unique):], p.Unique)
+		copy(uncompressed[1+2*size-len(p.UniqueY):], p.UniqueY)
+		return ecdsa.ParseUncompressedPublicKey(curve, uncompressed)
 	}
-	if n := p.Unique; p.KeyBits != 2048 || len(n) != 256 || n[0]&0x80 == 0 || p.Exponent != 0 && p.Exponent != 65537 {
-		return nil, fmt.Errorf("an RSA key of %d bits with exponent %d, not 2048 and 65537", p.KeyBits, p.Exponent)
+	if n := p.Unique; p.KeyBits != 2048 && p.KeyBits != 3072 || len(n) != int(p.KeyBits)/8 || n[0]&0x80 == 0 || p.Exponent != 0 && p.Exponent != 65537 {
+		return nil, fmt.Errorf("an RSA key of %d bits with exponent %d, not 2048 or 3072 and 65537", p.KeyBits, p.Exponent)
 	}
 	return &rsa.PublicKey{N: new(big.Int).SetBytes(p.Unique), E: 65537}, nil
-}
-
-// ekTemplates are the TCG's for endorsement keys, L-2 (ECC P-256) and L-1 (RSA 2048).
-// TCG EK Credential Profile 2.5 §B.3.
-func ekTemplates() []tpm2.TPMTPublic {
-	return []tpm2.TPMTPublic{tpm2.ECCEKTemplate, tpm2.RSAEKTemplate}
-}
-
-// ekOf is the public area that a template gives for the key in a certificate.
-func ekOf(key crypto.PublicKey) ([]byte, error) {
-	switch key := key.(type) {
-	case *ecdsa.PublicKey:
-		if key.Curve != elliptic.P256() {
-			return nil, errors.New("an endorsement key on another curve than P-256")
-		}
-		point, err := key.Bytes()
-		if err != nil {
-			return nil, err
-		}
-		t := tpm2.ECCEKTemplate
-		t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgECC, &tpm2.TPMSECCPoint{
-			X: tpm2.TPM2BECCParameter{Buffer: point[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: point[33:]}})
-		return tpm2.Marshal(t), nil
-	case *rsa.PublicKey:
-		if key.N.BitLen() != 2048 || key.E != 65537 {
-			return nil, fmt.Errorf("an endorsement key of RSA %d with exponent %d", key.N.BitLen(), key.E)
-		}
-		t := tpm2.RSAEKTemplate
-		t.Unique = tpm2.NewTPMUPublicID(tpm2.TPMAlgRSA, &tpm2.TPM2BPublicKeyRSA{Buffer: key.N.Bytes()})
-		return tpm2.Marshal(t), nil
-	}
-	return nil, fmt.Errorf("an endorsement key of type %T", key)
-}
-
-// parseEK wants a public area that one of the templates gives, and gives its key.
-func parseEK(b []byte) (crypto.PublicKey, error) {
-	p, err := parsePublic(b)
-	if err != nil {
-		return nil, err
-	}
-	key, err := p.key()
-	if err != nil {
-		return nil, err
-	}
-	want, err := ekOf(key)
-	if err == nil && !bytes.Equal(want, b) {
-		err = errors.New("it is not of a template of the TCG for endorsement keys")
-	}
-	return key, err
 }
 
 // trimDER cuts what some makers write behind a certificate to fill the index.

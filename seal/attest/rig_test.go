@@ -59,9 +59,16 @@ type rig struct {
 // newRig is a TPM in which a recorded boot was measured, up to the running system.
 func newRig(t testing.TB, name string) *rig {
 	t.Helper()
-	r := &rig{tpm: sealtest.Start(t), boot: recorded(t, name, 0), maker: sealtest.NewManufacturer(t, "Test Root of TPMs", today)}
-	r.measure()
+	r := newRigOn(t, name, sealtest.Start(t))
 	r.certify(r.maker, tpm2.ECCEKTemplate, "id:49424D00", eccIndex)
+	return r
+}
+
+// newRigOn is the same on a TPM whose certificates are not our business.
+func newRigOn(t testing.TB, name string, tpm *sealtest.TPM) *rig {
+	t.Helper()
+	r := &rig{tpm: tpm, boot: recorded(t, name, 0), maker: sealtest.NewManufacturer(t, "Test Root of TPMs", today)}
+	r.measure()
 	roots, skipped, err := NewRoots(r.maker.Cert.Raw)
 	if err != nil || len(skipped) > 0 {
 		t.Fatal(err, skipped)

@@ -30,8 +30,8 @@ const maxChains = 1 << 16
 
 // endorsement is what a verified EK certificate says.
 type endorsement struct {
-	public              []byte // TPMT_PUBLIC of the EK
-	other               error  // why there is no such thing: another kind of key
+	publics             [][]byte // TPMT_PUBLIC of the EK, by each template
+	other               error    // why there is no such thing: another kind of key
 	facts               tpmFacts
 	root                string
 	notBefore, notAfter time.Time // of the whole chain
@@ -142,7 +142,7 @@ func (r *Roots) search(certificates [][]byte, now time.Time) (e endorsement, err
 		return e, err
 	}
 	chain := chains[0]
-	e.public, e.other = ekOf(leaf.PublicKey)
+	e.publics, e.other = eksOf(leaf.PublicKey)
 	e.root, e.notBefore, e.notAfter = chain[len(chain)-1].Subject.String(), leaf.NotBefore, leaf.NotAfter
 	for _, c := range chain {
 		if c.NotBefore.After(e.notBefore) {

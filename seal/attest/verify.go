@@ -277,7 +277,7 @@ func (e endorsement) of(public []byte) error {
 	if e.other != nil {
 		return fmt.Errorf("%w: %w", errNotParsed, e.other)
 	}
-	if !bytes.Equal(e.public, public) {
+	if !slices.ContainsFunc(e.publics, func(p []byte) bool { return bytes.Equal(p, public) }) {
 		return errors.New("the certificate is for another endorsement key than the box shows")
 	}
 	return nil
