@@ -628,7 +628,7 @@ func TestPost(t *testing.T) {
 			for range 100 {
 				w.Write(make([]byte, 4096))
 			}
-		}, "SHA-256"},
+		}, "more than 65536 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			answer = tt.answer

@@ -32,14 +32,18 @@ const (
 // TestEvidence: a challenge goes to a box on a stick and its answer comes back, at first
 // contact and later; the vendor's command judges it with nothing but the release
 // and the TPM manufacturer's certificate.
+// The box brings its evidence to the vendor's verifier by itself, too, and a stick is
+// pulled out in the middle of an answer.
 func TestEvidence(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
+	verifier := newVerifier(t)
 	p := buildRelease(t, dir, theProduct(t).keys, "1.0.0", func(s *spec.Spec) {
-		s.Evidence = spec.Evidence{Stick: true, Include: []string{image.EvidenceJournal, image.EvidenceStatus, image.EvidenceLogs}}
+		s.Evidence = spec.Evidence{Stick: true, URL: verifier.url, CA: verifier.ca, Every: 60, Include: []string{image.EvidenceJournal, image.EvidenceStatus, image.EvidenceLogs}}
 	})
 	m := hwtest.New(t, p.disk(), hwtest.Options{SecureBoot: p.firmwareKeys(t), Forward: []int{80}})
 	roots := certifyTPM(t, m, dir)
+	verifier.knows(t, p, roots)
 	m.PowerOn()
 	m.Expect(readyPattern, bootTime)
 
@@ -78,6 +82,8 @@ func TestEvidence(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	wantChecks(t, v)
+	wantJudged(t, m)
+	pulledOut(t, m, vendor)
 }
 
 // certifyTPM gives the box's TPM an endorsement key certificate, as its manufacturer

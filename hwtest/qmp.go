@@ -69,11 +69,11 @@ func (vm *VM) Plug(image string, readOnly bool) error {
 	})
 }
 
-// PlugSlow is Plug of a stick that reads this many bytes a second, so that there is
+// PlugSlow is Plug of a stick that reads and writes this many bytes a second, so that there is
 // time to pull it out in the middle of something.
 func (vm *VM) PlugSlow(image string, bytesPerSecond int64) error {
 	vm.command("object-del", map[string]any{"id": stickSpeed}) // of the one before, if any
-	err := vm.command("object-add", map[string]any{"qom-type": "throttle-group", "id": stickSpeed, "limits": map[string]any{"bps-read": bytesPerSecond}})
+	err := vm.command("object-add", map[string]any{"qom-type": "throttle-group", "id": stickSpeed, "limits": map[string]any{"bps-read": bytesPerSecond, "bps-write": bytesPerSecond}})
 	if err != nil {
 		return err
 	}

@@ -9,12 +9,15 @@ import (
 	"path/filepath"
 )
 
+// UnfinishedSuffix ends the name of a file that [WriteFile] has not finished.
+const UnfinishedSuffix = ".new"
+
 // WriteFile replaces the file at path, or makes it, so that a power cut leaves the
 // old content or the new one: temporary file, sync, rename, sync of the folder.
 // A temporary file that an earlier cut left behind is overwritten. Two writers of
 // one path at once are not supported.
 func WriteFile(path string, content []byte, perm fs.FileMode) (err error) {
-	temp := path + ".new"
+	temp := path + UnfinishedSuffix
 	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, perm)
 	if err != nil {
 		return err

@@ -126,7 +126,8 @@ func credentialsFor(answers []string) (list []attest.Credential, err error) {
 	return list, nil
 }
 
-// filesAt is the file, or those in the folder whose names begin so. None is an error.
+// filesAt is the file, or those in the folder whose names begin so. None is an error. One
+// that was never finished, since the stick was pulled out, does not count.
 func filesAt(path, prefix string) ([]string, error) {
 	info, err := os.Stat(path)
 	if err != nil {
@@ -141,7 +142,7 @@ func filesAt(path, prefix string) ([]string, error) {
 	}
 	var files []string
 	for _, e := range entries {
-		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), prefix) {
+		if e.Type().IsRegular() && strings.HasPrefix(e.Name(), prefix) && !strings.HasSuffix(e.Name(), update.UnfinishedSuffix) {
 			files = append(files, filepath.Join(path, e.Name()))
 		}
 	}

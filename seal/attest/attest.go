@@ -64,7 +64,6 @@ package attest
 import (
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -152,26 +151,13 @@ func NewChallenge(now time.Time, credentials ...Credential) (*Challenge, error) 
 }
 
 // Marshal is the file. The same challenge gives the same bytes.
-func (c *Challenge) Marshal() []byte {
-	b, err := json.MarshalIndent(c, "", "  ")
-	if err != nil {
-		panic(err) // our own type, of text, numbers and bytes
-	}
-	return append(b, '\n')
-}
+func (c *Challenge) Marshal() []byte { return indented(c) }
 
 // ParseChallenge reads what [Challenge.Marshal] wrote, and nothing else. The error is
 // [ErrMalformed].
 func ParseChallenge(b []byte) (*Challenge, error) {
 	var c Challenge
-	err := strict(b, MaxChallengeBytes, &c)
-	if err == nil {
-		err = c.check()
-	}
-	if err == nil {
-		err = wantSame(b, c.Marshal())
-	}
-	if err != nil {
+	if err := readJSON(b, MaxChallengeBytes, &c, c.check, c.Marshal); err != nil {
 		return nil, fmt.Errorf("challenge: %w: %w", ErrMalformed, err)
 	}
 	return &c, nil

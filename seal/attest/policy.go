@@ -3,7 +3,6 @@ package attest
 import (
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -181,25 +180,12 @@ func NewRecord(a *Answer, v Verdict, before *Record, now time.Time) (*Record, er
 }
 
 // Marshal is the file.
-func (r *Record) Marshal() []byte {
-	b, err := json.MarshalIndent(r, "", "  ")
-	if err != nil {
-		panic(err) // our own type, of text and numbers
-	}
-	return append(b, '\n')
-}
+func (r *Record) Marshal() []byte { return indented(r) }
 
 // ParseRecord reads what [Record.Marshal] wrote. The error is [ErrMalformed].
 func ParseRecord(b []byte) (*Record, error) {
 	var r Record
-	err := strict(b, maxRecordBytes, &r)
-	if err == nil {
-		err = r.check()
-	}
-	if err == nil {
-		err = wantSame(b, r.Marshal())
-	}
-	if err != nil {
+	if err := readJSON(b, maxRecordBytes, &r, r.check, r.Marshal); err != nil {
 		return nil, fmt.Errorf("record: %w: %w", ErrMalformed, err)
 	}
 	return &r, nil

@@ -129,14 +129,7 @@ func (s *Statement) marshal() []byte {
 
 func parseStatement(b []byte) (*Statement, error) {
 	var s Statement
-	err := strict(b, maxStatementBytes, &s)
-	if err == nil {
-		err = s.check()
-	}
-	if err == nil {
-		err = wantSame(b, s.marshal())
-	}
-	if err != nil {
+	if err := readJSON(b, maxStatementBytes, &s, s.check, s.marshal); err != nil {
 		return nil, fmt.Errorf("statement: %w", err)
 	}
 	return &s, nil
@@ -233,8 +226,9 @@ func parseDigest(text string) (d pcr.Digest, err error) {
 	return pcr.Digest(b), nil
 }
 
-// strict decodes JSON without fields that are not known.
-func strict(b []byte, limit int, into any) error {
+// readJSON reads a document: of known fields only, with what check wants, and written in
+// its one form.
+func readJSON(b []byte, limit int, into any, check func() error, form func() []byte) error {
 	if len(b) > limit {
 		return fmt.Errorf("it has %d bytes, more than %d", len(b), limit)
 	}
@@ -243,12 +237,20 @@ func strict(b []byte, limit int, into any) error {
 	if err := d.Decode(into); err != nil {
 		return fmt.Errorf("not the JSON of one: %w", err)
 	}
-	return nil
-}
-
-func wantSame(got, want []byte) error {
-	if !bytes.Equal(got, want) {
+	if err := check(); err != nil {
+		return err
+	}
+	if !bytes.Equal(b, form()) {
 		return errors.New("it is not written in the one form there is: something edited or reformatted it")
 	}
 	return nil
+}
+
+// indented is the form of a document that people may read.
+func indented(document any) []byte {
+	b, err := json.MarshalIndent(document, "", "  ")
+	if err != nil {
+		panic(err) // our own types, of text, numbers and bytes
+	}
+	return append(b, '\n')
 }
