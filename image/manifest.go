@@ -75,8 +75,8 @@ type Expected struct {
 	// none.
 	PCR12 string `json:"pcr12,omitempty"`
 	// SecureBoot are EFI signature lists (UEFI 2.10 §32.4.1) by variable: all that PK, KEK
-	// and db of a box may hold that had the vendor's keys and makes the release's changes,
-	// and what dbx then holds at least.
+	// and db of a box of this vendor may hold, whichever steps of a rotation it has taken,
+	// and what dbx holds at least once the box has made the release's changes.
 	SecureBoot map[string][]byte `json:"secureboot,omitempty"`
 	// UKISections are what the stub measures into PCR 11, in its order: to say which one
 	// differs where the register does.

@@ -27,8 +27,7 @@ const maxAuthBytes = 64 << 10
 type secureBoot struct {
 	image.SecureBoot
 	files [][]byte // of Updates
-	// pk, kek, db and dbx are what a box has afterwards that had the vendor's keys before.
-	pk, kek []byte
+	// db and dbx are what a box has afterwards that had the vendor's keys before.
 	db, dbx sigdb.Database
 }
 
@@ -44,11 +43,9 @@ func (b *builder) readSecureBoot() (s secureBoot, err error) {
 	if e := b.spec.SecureBoot.Enroll; e != "off" {
 		s.Enroll = e
 	}
-	var enrolled []byte
-	for name, into := range map[string]*[]byte{keys.PK: &s.pk, keys.KEK: &s.kek, keys.DB: &enrolled} {
-		if *into, err = k.SignatureList(name); err != nil {
-			return s, err
-		}
+	enrolled, err := k.SignatureList(keys.DB)
+	if err != nil {
+		return s, err
 	}
 	if s.db, err = sigdb.Parse(enrolled); err != nil {
 		return s, err
@@ -107,10 +104,32 @@ func (b *builder) addSecureBoot(root *tree.Node, s secureBoot) error {
 		}
 	}
 	b.manifest.SecureBoot = s.Updates
-	b.manifest.Expected.SecureBoot = map[string][]byte{sigdb.PK: s.pk, sigdb.KEK: s.kek, sigdb.DB: s.db.Marshal()}
-	if len(s.dbx) > 0 {
-		b.manifest.Expected.SecureBoot[sigdb.DBX] = s.dbx.Marshal()
+	return b.expectSecureBoot(s)
+}
+
+// expectSecureBoot notes what a verifier finds in the variables: in db also what the
+// release adds that is not among the vendor's keys.
+func (b *builder) expectSecureBoot(s secureBoot) error {
+	lists := map[string][]byte{}
+	for _, name := range []string{keys.PK, keys.KEK, keys.DB} {
+		var err error
+		if lists[name], err = b.in.Keys.Trusted(name); err != nil {
+			return err
+		}
 	}
+	own, err := sigdb.Parse(lists[keys.DB])
+	if err != nil {
+		return err
+	}
+	for _, l := range s.db {
+		if added := (sigdb.Database{l}); !own.Covers(added) {
+			lists[keys.DB] = append(lists[keys.DB], added.Marshal()...)
+		}
+	}
+	if len(s.dbx) > 0 {
+		lists[sigdb.DBX] = s.dbx.Marshal()
+	}
+	b.manifest.Expected.SecureBoot = lists
 	return nil
 }
 
