@@ -196,8 +196,7 @@ by its owner's will, a new firmware say: remove its record and make first contac
 The repository tells what may run, the keys, and what its releases demand in dbx; a box
 adds that some starts after it has taken the release, and until then dbx is unknown.
 
-example: holdfast attest verify stick/ --challenge sent.json --roots tpm-roots/ \
-  --repo repo --records boxes/`)
+example: holdfast attest verify stick/ --challenge sent.json --roots roots/ --repo repo --records boxes/`)
 	var o attestOptions
 	o.flags(f)
 	rest, err := parse(f, args, 1)
