@@ -34,7 +34,8 @@ const attestUsage = `usage: holdfast attest VERB [OPTIONS] ...
   erasure PROOF          judge a box's proof that the keys of its data are destroyed  [--json]
   corim -o FILE          the releases' reference values as a CoRIM, for other verifiers
 
-A first contact takes two answers, the second to a challenge with --answer FIRST.
+A first contact takes two answers: the second is to a challenge made with --answer FIRST,
+and is verified with --first-contact --record.
 
 example:
   holdfast attest challenge -o stick/
@@ -88,6 +89,11 @@ example: holdfast attest challenge --answer first/ -o stick/`)
 		return err
 	}
 	path := *out
+	if strings.HasSuffix(path, "/") {
+		if err := os.MkdirAll(path, 0o755); err != nil {
+			return err
+		}
+	}
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		path = filepath.Join(path, challenge.FileName())
 	}
@@ -101,7 +107,7 @@ example: holdfast attest challenge --answer first/ -o stick/`)
 // credentialsFor makes one for each box, however many answers there are of it.
 func credentialsFor(answers []string) (list []attest.Credential, err error) {
 	for _, path := range answers {
-		files, err := filesAt(path, attest.AnswerPrefix)
+		files, err := filesAt("--answer", path, attest.AnswerPrefix)
 		if err != nil {
 			return nil, err
 		}
@@ -128,10 +134,10 @@ func credentialsFor(answers []string) (list []attest.Credential, err error) {
 
 // filesAt is the file, or those in the folder whose names begin so. None is an error. One
 // that was never finished, since the stick was pulled out, does not count.
-func filesAt(path, prefix string) ([]string, error) {
+func filesAt(option, path, prefix string) ([]string, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", option, err)
 	}
 	if !info.IsDir() {
 		return []string{path}, nil
@@ -147,7 +153,10 @@ func filesAt(path, prefix string) ([]string, error) {
 		}
 	}
 	if len(files) == 0 {
-		return nil, fmt.Errorf("%s has no file %s…", path, prefix)
+		if prefix != "" {
+			prefix = " " + prefix + "…"
+		}
+		return nil, fmt.Errorf("%s: the folder %s has no file%s", option, path, prefix)
 	}
 	return files, nil
 }
@@ -217,7 +226,7 @@ example: holdfast attest verify stick/ --challenge sent.json --roots roots/ --re
 	if err != nil {
 		return err
 	}
-	files, err := filesAt(rest[0], attest.AnswerPrefix)
+	files, err := filesAt("ANSWER", rest[0], attest.AnswerPrefix)
 	if err != nil {
 		return err
 	}
@@ -263,7 +272,7 @@ func (o *attestOptions) policy(ctx context.Context, c *cli) (*attest.Policy, err
 func (o *attestOptions) readRoots(_ context.Context, c *cli, p *attest.Policy) (err error) {
 	var files [][]byte
 	for _, path := range o.roots {
-		list, err := filesAt(path, "")
+		list, err := filesAt("--roots", path, "")
 		if err != nil {
 			return err
 		}
@@ -384,7 +393,7 @@ func (o *attestOptions) readDBX() (dbx []byte, err error) {
 
 func readChallenges(paths []string) (list []*attest.Challenge, err error) {
 	for _, path := range paths {
-		files, err := filesAt(path, attest.ChallengePrefix)
+		files, err := filesAt("--challenge", path, attest.ChallengePrefix)
 		if err != nil {
 			return nil, err
 		}

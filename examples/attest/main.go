@@ -51,7 +51,7 @@ func main() {
 	flag.Parse()
 	v := &verifier{dir: *store, challenges: 1000, enrol: *enrol, now: time.Now, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
 	v.policy.SoftwareTPM = *software
-	err := v.configure(strings.Split(*release, ","), *roots)
+	err := v.configure(*release, *roots)
 	if err == nil {
 		err = serve(*listen, *cert, v)
 	}
@@ -87,41 +87,61 @@ type verifier struct {
 // lifetime is how long a challenge may be answered.
 const lifetime = time.Hour
 
-// configure reads what answers are judged by.
-func (v *verifier) configure(releases []string, roots string) error {
+// configure reads what answers are judged by: releases, with commas, and a folder.
+func (v *verifier) configure(releases, roots string) error {
+	if releases == "" || roots == "" {
+		return errors.New("-release FOLDER of what may run and -roots FOLDER of TPM manufacturers' certificates are needed")
+	}
 	var manifests []*image.Manifest
-	for _, dir := range releases {
+	for _, dir := range strings.Split(releases, ",") {
 		text, err := os.ReadFile(filepath.Join(dir, image.ManifestName))
 		if err != nil {
-			return err
+			return fmt.Errorf("-release %q: %w", dir, err)
 		}
 		var m image.Manifest
 		if err := json.Unmarshal(text, &m); err != nil {
-			return fmt.Errorf("%s: %w", dir, err)
+			return fmt.Errorf("-release %q: %w", dir, err)
 		}
 		r, err := m.Reference()
 		if err != nil {
-			return fmt.Errorf("%s: %w", dir, err)
+			return fmt.Errorf("-release %q: %w", dir, err)
 		}
 		v.policy.References, manifests = append(v.policy.References, r), append(manifests, &m)
 	}
 	var err error
 	if v.policy.Keys, err = image.VendorKeys(nil, manifests...); err != nil {
-		return err
+		return fmt.Errorf("-release %q: %w", releases, err)
 	}
-	entries, err := os.ReadDir(roots)
+	if err := v.readRoots(roots); err != nil {
+		return fmt.Errorf("-roots %q: %w", roots, err)
+	}
+	return nil
+}
+
+func (v *verifier) readRoots(dir string) error {
+	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
 	var files [][]byte
 	for _, e := range entries {
-		b, err := os.ReadFile(filepath.Join(roots, e.Name()))
+		if e.IsDir() {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(dir, e.Name()))
 		if err != nil {
 			return err
 		}
 		files = append(files, b)
 	}
-	v.policy.Roots, _, err = attest.NewRoots(files...)
+	if len(files) == 0 {
+		return errors.New("there are no files in it")
+	}
+	var skipped []error
+	v.policy.Roots, skipped, err = attest.NewRoots(files...)
+	for _, s := range skipped {
+		v.log.Warn("not a certificate to trust", "roots", dir, "error", s)
+	}
 	return err
 }
 

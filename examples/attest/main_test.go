@@ -32,6 +32,9 @@ type fleet struct {
 	server *httptest.Server
 	tpm    *sealtest.TPM
 	input  attest.Input
+
+	maker     sealtest.Manufacturer
+	variables map[string][]byte // of Secure Boot
 }
 
 func newFleet(t *testing.T) *fleet {
@@ -70,7 +73,7 @@ func newFleet(t *testing.T) *fleet {
 	s := httptest.NewServer(v.handler())
 	t.Cleanup(s.Close)
 	return &fleet{t, v, s, tpm, attest.Input{EventLog: boot.Log, Statement: attest.Statement{
-		Product: "ledger", Release: "1.0.0", Box: "0b7d9f0e-0000-4000-8000-000000000001"}}}
+		Product: "ledger", Release: "1.0.0", Box: "0b7d9f0e-0000-4000-8000-000000000001"}}, maker, boot.Before}
 }
 
 func (f *fleet) post(path string, content []byte) (int, []byte) {
@@ -246,6 +249,52 @@ func TestBoxReports(t *testing.T) {
 	}
 	if strings.Count(log.String(), "evidence judged") != 3 {
 		t.Errorf("log %s", log.String())
+	}
+}
+
+// TestConfigure: what is missing is named.
+func TestConfigure(t *testing.T) {
+	f := newFleet(t)
+	dir := t.TempDir()
+	for _, name := range []string{"empty", "roots/intermediate", "none", "odd"} {
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	digest := strings.Repeat("ab", 32)
+	m := image.Manifest{Name: "ledger", Version: "1.0.0", Expected: image.Expected{
+		PCR11: map[string]string{"": digest}, LoaderAuthenticode: digest, UKIAuthenticode: digest, SecureBoot: f.variables}}
+	text, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string][]byte{"manifest.json": text, "none/manifest.json": []byte("{}"), "odd/manifest.json": []byte("{"),
+		"roots/maker.pem": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: f.maker.Cert.Raw})} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	in := func(name string) string { return filepath.Join(dir, name) }
+	for _, tt := range []struct{ releases, roots, want string }{
+		{dir, in("roots"), ""},
+		{dir + "," + dir, in("roots"), ""},
+		{"", in("roots"), "-release FOLDER"},
+		{dir, "", "-roots FOLDER"},
+		{dir + ",", in("roots"), `-release "": `},
+		{in("empty"), in("roots"), `empty": open `},
+		{in("odd"), in("roots"), `odd": `},
+		{in("none"), in("roots"), `none": `},
+		{dir, in("empty"), `empty": there are no files in it`},
+		{dir, in("nowhere"), `nowhere": open `},
+	} {
+		v := &verifier{log: f.v.log}
+		err := v.configure(tt.releases, tt.roots)
+		if tt.want == "" && (err != nil || v.policy.Roots == nil || v.policy.Keys == nil || len(v.policy.References) == 0) {
+			t.Errorf("-release %q -roots %q: %v", tt.releases, tt.roots, err)
+		}
+		if tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("-release %q -roots %q: %v, want %s", tt.releases, tt.roots, err, tt.want)
+		}
 	}
 }
 

@@ -8,9 +8,9 @@
 // [Answer]: quote, keys, certificates, the event log, and files of the agent's. The
 // vendor calls [Verify] (or [VerifyAll], for a fleet) with the answer, the same
 // challenge and a [Policy]: the TPM manufacturers' [Roots], the [Reference] values of
-// his releases, his Secure Boot [Keys], and the [Record] he has of the box ([Records.Find]). The result
-// is a [Verdict] of named checks, each pass, fail or unknown, with the event that
-// differs and what it means.
+// his releases, his Secure Boot [Keys], and the [Record] he has of the box
+// ([Records.Find]). The result is a [Verdict] of named checks, each pass, fail or
+// unknown, with the event that differs and what it means.
 //
 // First contact takes two answers. The first one shows the box's endorsement key (EK),
 // with the manufacturer's certificate, and its attestation key (AK), which the TPM
@@ -22,8 +22,9 @@
 // What a check can rest on: the registers are what the TPM signed. A log is a claim of
 // whoever runs the box, and counts for a register only where it replays to the quoted
 // value; in PCR 11 and 15, which the running system extends, what the box says that it
-// extended counts too. The statement (slots, volumes, services) is signed, but nobody measured it: it
-// is as true as the release that runs, which is why the other checks come first.
+// extended counts too. The statement (slots, volumes, services) is signed, but nobody
+// measured it: it is as true as the release that runs, which is why the other checks
+// come first.
 //
 // Revocations are demanded by releases: one that brings an addition to dbx demands its
 // entries of every box that runs it ([Reference.DBX]). A box adds them after it has

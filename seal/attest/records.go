@@ -27,6 +27,8 @@ type Records struct {
 // file; nil where it is nobody's. The box is known by its TPM, whatever it calls itself:
 // an intruder who changes its name is judged by its own record. Where no record has the
 // keys, it is the record that has the name, and Verify says that the keys are others.
+// A TPM has more keys than those that are recorded, though: an answer with others, under
+// another name, is a stranger's.
 //
 // The error is that the record is damaged, or that one is which may be this box's.
 func (r *Records) Find(a *Answer) (*Record, string, error) {
