@@ -80,7 +80,7 @@ example: holdfast attest challenge --answer first/ -o stick/`)
 	if _, err := parse(f, args, 0); err != nil {
 		return err
 	}
-	credentials, err := credentialsFor(answers)
+	credentials, err := credentialsFor(c, answers)
 	if err != nil {
 		return err
 	}
@@ -104,32 +104,47 @@ example: holdfast attest challenge --answer first/ -o stick/`)
 	return err
 }
 
-// credentialsFor makes one for each box, however many answers there are of it.
-func credentialsFor(answers []string) (list []attest.Credential, err error) {
+// credentialsFor makes one for each box, however many answers there are of it. Of several
+// files, those that cannot be read are left out with a warning.
+func credentialsFor(c *cli, answers []string) (list []attest.Credential, err error) {
 	for _, path := range answers {
 		files, err := filesAt("--answer", path, attest.AnswerPrefix)
 		if err != nil {
 			return nil, err
 		}
 		for _, file := range files {
-			b, err := readSmall(file, attest.MaxAnswerBytes)
-			if err != nil {
+			credential, err := credentialFor(file)
+			if err != nil && len(files) == 1 {
 				return nil, err
 			}
-			a, err := attest.ParseAnswer(b)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", file, err)
-			}
-			credential, err := attest.NewCredential(a)
-			if err != nil {
-				return nil, fmt.Errorf("%s: %w", file, err)
+				fmt.Fprintln(c.err, "warning:", plain(err.Error())+": left out")
+				continue
 			}
 			if !slices.ContainsFunc(list, func(o attest.Credential) bool { return bytes.Equal(o.AK, credential.AK) }) {
 				list = append(list, credential)
 			}
 		}
 	}
+	if len(answers) > 0 && len(list) == 0 {
+		return nil, errors.New("--answer: none of the files is an answer that can be read")
+	}
 	return list, nil
+}
+
+func credentialFor(file string) (k attest.Credential, err error) {
+	b, err := readSmall(file, attest.MaxAnswerBytes)
+	if err != nil {
+		return k, err
+	}
+	a, err := attest.ParseAnswer(b)
+	if err != nil {
+		return k, fmt.Errorf("%s: %w", file, err)
+	}
+	if k, err = attest.NewCredential(a); err != nil {
+		return k, fmt.Errorf("%s: %w", file, err)
+	}
+	return k, nil
 }
 
 // filesAt is the file, or those in the folder whose names begin so. None is an error. One
