@@ -71,6 +71,10 @@ func TestEscrow(t *testing.T) {
 		t.Error("the escrow has another key than the console showed")
 	}
 
+	if out := string(web.holdfast(t, "escrow", "inspect", file)); !strings.Contains(out, "TPM key 000b") {
+		t.Errorf("the TPM did not sign:\n%s", out)
+	}
+
 	receipt := filepath.Join(dir, "receipt.json")
 	web.holdfast(t, "escrow", "receipt", file, "--key", filepath.Join(dir, "receipt.key"), "--opens", escrowKey, "-o", receipt)
 	stick = newStick(t)
