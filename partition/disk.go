@@ -10,7 +10,7 @@
 //
 // # What is on the disk
 //
-//	1  esp      FAT32: systemd-boot, one boot entry a slot, UKIs
+//	1  esp      FAT32: systemd-boot in two copies, one boot entry a slot, UKIs
 //	2  root-a   read-only file system with its dm-verity tree behind it
 //	3  root-b   the same
 //	4… data     LUKS2 volumes, by name; the last takes the rest of the disk
@@ -21,6 +21,11 @@
 // installation, so the slot written last wins, an intended downgrade too, and
 // its name carries the tries that systemd-boot counts down. Written for and
 // tested against systemd-boot 252.
+//
+// systemd-boot is on the ESP twice, at the removable path that firmware starts by
+// itself and where bootctl puts it, so that firmware with a boot entry for the second
+// has something to start when it refuses the first. [Disk.Loaders] reads both,
+// [Disk.RestoreLoader] puts one back; package agent does so.
 //
 // # Power cuts
 //
@@ -68,12 +73,15 @@ type efiArch struct{ rootType, suffix string }
 
 var efiArches = [...]efiArch{{TypeRootAMD64, "x64"}, {TypeRootARM64, "aa64"}}
 
-// loaderPaths are where firmware looks without an EFI variable, and where
-// bootctl and its users expect systemd-boot. The fallback comes last: it is the
-// one that has to work.
-func (a efiArch) loaderPaths() []string {
-	return []string{"EFI/systemd/systemd-boot" + a.suffix + ".efi", "EFI/BOOT/BOOT" + strings.ToUpper(a.suffix) + ".EFI"}
-}
+// fallbackPath is where firmware looks without an EFI variable (UEFI 2.10 §3.5.1.1).
+func (a efiArch) fallbackPath() string { return "EFI/BOOT/BOOT" + strings.ToUpper(a.suffix) + ".EFI" }
+
+// managedPath is where bootctl and its users expect systemd-boot.
+func (a efiArch) managedPath() string { return "EFI/systemd/systemd-boot" + a.suffix + ".efi" }
+
+// loaderPaths are those of both copies of the loader, in the order of writing. The
+// fallback comes last: it is the one that has to work, and by then the other does.
+func (a efiArch) loaderPaths() []string { return []string{a.managedPath(), a.fallbackPath()} }
 
 // FormatOptions are what [Format] needs besides the layout. The zero value works.
 type FormatOptions struct {

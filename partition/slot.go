@@ -45,7 +45,8 @@ type Contents struct {
 	// RootHash is the dm-verity root hash in hex, kept in the boot entry for people and status.
 	RootHash string
 	UKI      Blob
-	// Loader is systemd-boot, written when the ESP has another. Nil keeps the ESP's.
+	// Loader is systemd-boot, written to each of its two places on the ESP that has
+	// another. Nil keeps the ESP's.
 	Loader Blob
 	// Title is what a boot menu would show. Version and ReleaseID are kept in the
 	// boot entry. One line of at most 128 characters each; all may be empty.
@@ -311,8 +312,9 @@ func (d *Disk) WriteSlot(ctx context.Context, slot Slot, c Contents, o WriteOpti
 //  1. The slot's old boot entry goes, so that a half-written slot is never
 //     chosen. From here on the other slot is all that boots.
 //  2. Root image; then it is read back and verified.
-//  3. Old UKIs of the slot go, which nothing refers to any more; then the loader
-//     if it differs, and the UKI, each read back.
+//  3. Old UKIs of the slot go, which nothing refers to any more; then each copy of
+//     the loader that differs, one after the other, and the UKI, each read back. A
+//     copy is the old one until its new content is on the medium.
 //  4. The boot entry, which makes the slot bootable.
 //
 // After an error or a cut, plan and apply again; the other slot is untouched.
@@ -425,36 +427,15 @@ func (p *SlotPlan) removeUKIs(*meter) error {
 
 func (p *SlotPlan) writeBoot(m *meter) error {
 	for _, at := range p.loaders {
-		if err := p.putFile(at, p.c.Loader, m); err != nil {
+		if err := putFile(p.esp, at, p.c.Loader, p.o.Time, m); err != nil {
 			return fmt.Errorf("boot loader: %w", err)
 		}
 	}
 	if p.ukiThere {
 		return nil
 	}
-	if err := p.putFile(p.ukiPath, p.c.UKI, m); err != nil {
+	if err := putFile(p.esp, p.ukiPath, p.c.UKI, p.o.Time, m); err != nil {
 		return fmt.Errorf("UKI: %w", err)
-	}
-	return nil
-}
-
-// putFile writes a file of the ESP and reads it back. The old content stays when
-// the blob is not what it should be.
-func (p *SlotPlan) putFile(at string, b Blob, m *meter) (err error) {
-	r, err := openVerified(b)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, r.Close()) }()
-	if err := p.esp.WriteFile(at, b.Size(), io.TeeReader(r, m), p.o.Time); err != nil {
-		return err
-	}
-	f, err := p.esp.Open(at)
-	if err != nil {
-		return err
-	}
-	if err := readBack(f, b, m); err != nil {
-		return fmt.Errorf("read back %s: %w", at, err)
 	}
 	return nil
 }
