@@ -232,6 +232,7 @@ func (s *Status) describe(k *Keeper) {
 // describeHere completes what the initrd left, where no agent runs.
 func (s *Status) describeHere() {
 	s.describeSlots()
+	s.setLoader(loaderStatusHere())
 	k, err := OpenKeeper(slog.New(slog.DiscardHandler))
 	if k == nil && err == nil {
 		return

@@ -71,7 +71,8 @@ func bootPrograms(disk *partition.Disk, running partition.Slot) ([]BootProgram, 
 }
 
 // runningPrograms are what the boot loaders on a disk and the kernel image of the slot
-// that runs are measured as. It reads all of them.
+// that runs are measured as. It reads all of them; a loader that cannot be read has not
+// started.
 func runningPrograms(disk *partition.Disk, running partition.Slot) (kernel pcr.Release, loaders []pcr.Digest, err error) {
 	entries, err := disk.Entries()
 	if err != nil {
@@ -91,15 +92,12 @@ func runningPrograms(disk *partition.Disk, running partition.Slot) (kernel pcr.R
 	}
 	for _, path := range loaderPaths() {
 		p, err := openProgram(files, path)
-		if errors.Is(err, fs.ErrNotExist) {
+		if err != nil {
 			continue
 		}
-		var digest pcr.Digest
-		if err == nil {
-			digest, err = p.Authenticode()
-		}
+		digest, err := p.Authenticode()
 		if err != nil {
-			return kernel, nil, err
+			continue
 		}
 		if !slices.Contains(loaders, digest) {
 			loaders = append(loaders, digest)

@@ -44,6 +44,8 @@ type Status struct {
 	// Keys are the firmware's, and what the release changes in them; nil until a boot is
 	// good, and after a hand-off.
 	Keys *SecureBootStatus `json:"secure_boot_keys,omitempty"`
+	// BootLoader is about the boot loader's copies; nil until a boot is good.
+	BootLoader *LoaderStatus `json:"boot_loader,omitempty"`
 	// PCRs are registers at the moment the volumes were opened, in hex, as far as they
 	// are known: those that the state that opened binds, or all after a refusal.
 	PCRs map[int]string `json:"pcrs,omitempty"`
@@ -192,6 +194,9 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	if s.Repaired != "" {
 		fmt.Fprintf(&b, "repaired  %s\n", s.Repaired)
+	}
+	if s.BootLoader != nil {
+		s.BootLoader.lines(&b)
 	}
 	s.encryption(&b)
 	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)

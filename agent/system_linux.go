@@ -36,6 +36,7 @@ type system struct {
 	keeper   *Keeper     // nil without data volumes
 	sealed   sealed
 	keys     atomic.Pointer[SecureBootStatus] // nil until they were looked at
+	loader   atomic.Pointer[LoaderStatus]     // the same
 	custody  *Custody                         // nil in an appliance without data volumes
 	reporter *Reporter                        // nil in a release whose evidence is sent nowhere
 
@@ -240,6 +241,7 @@ func (s *system) status() *Status {
 	out.describeSlots()
 	s.describeStates(&out)
 	out.Keys = s.keys.Load()
+	out.setLoader(s.loader.Load())
 	out.ResidentBytes, out.PeakBytes = ownMemory()
 	if s.updater != nil {
 		u := s.updater.Status()

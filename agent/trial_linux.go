@@ -110,9 +110,7 @@ func (s *system) judge(ctx context.Context) {
 		return
 	}
 	if !entry.Counted {
-		s.keepSealed(ctx)
-		go s.keepKeys(ctx)
-		s.updates(ctx)
+		s.good(ctx)
 		return
 	}
 	if wasGood(entry) {
@@ -138,6 +136,12 @@ func (s *system) judge(ctx context.Context) {
 	if s.updater != nil {
 		s.updater.Commit()
 	}
+	s.good(ctx)
+}
+
+// good is what remains to be done in a boot that keeps its release.
+func (s *system) good(ctx context.Context) {
+	s.keepLoaders()
 	s.keepSealed(ctx)
 	go s.keepKeys(ctx)
 	s.updates(ctx)
@@ -154,9 +158,7 @@ func (s *system) confirm(ctx context.Context, disk *slots, entry partition.Entry
 		return
 	}
 	s.log.Info("boot confirmed", "slot", entry.Slot, "version", entry.Version)
-	s.keepSealed(ctx)
-	go s.keepKeys(ctx)
-	s.updates(ctx)
+	s.good(ctx)
 }
 
 // failedTrial waits until the appliance has been healthy for settleTime and
@@ -230,7 +232,7 @@ func Bless(s *Status) error {
 	if u != nil {
 		u.Commit()
 	}
-	return errors.Join(settled, settleHere())
+	return errors.Join(settled, keepLoadersHere(u), settleHere())
 }
 
 // bless keeps out of the way of a process that writes the other slot: both write the

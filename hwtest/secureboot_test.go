@@ -119,8 +119,9 @@ func TestForeignKernelImages(t *testing.T) {
 	}
 }
 
-// TestForeignLoader: a boot loader that the vendor did not sign is refused as well, and
-// with it the release that would be good; the vendor's, put back, starts it again.
+// TestForeignLoader: a boot loader that the vendor did not sign is refused, and the
+// firmware goes on with the second copy by its boot entry; the box puts the first one
+// back, and starts from it again. With both copies foreign, nothing starts.
 func TestForeignLoader(t *testing.T) {
 	t.Parallel()
 	m, _ := aBox(t, true)
@@ -128,20 +129,47 @@ func TestForeignLoader(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replace := func(change func([]byte) []byte) {
-		d, _ := openDisk(t, m.Disk)
-		replaceOnESP(t, d, "EFI/BOOT/BOOTX64.EFI", change)
-	}
-	var ours []byte
-	replace(func(b []byte) []byte { ours = b; return signedBy(t, stranger, b) })
+	foreign := func(b []byte) []byte { return signedBy(t, stranger, b) }
+	d, _ := openDisk(t, m.Disk)
+	before := loaderCopies(t, m)
+	replaceOnESP(t, d, "EFI/BOOT/BOOTX64.EFI", foreign)
 	m.PowerOn()
-	expectRefused(t, m, refusedPattern)
-	m.PowerCut()
-	replace(func([]byte) []byte { return ours })
-	m.PowerOn()
+	m.Expect(refusedPattern, bootTime)
 	m.Expect(tpmPattern, bootTime)
+	m.Expect(`boot loader repaired copy=EFI/BOOT/BOOTX64.EFI from=EFI/systemd/systemd-bootx64.efi`, bootTime)
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
+	m.PowerButton(bootTime)
+	if after := loaderCopies(t, m); after != before {
+		t.Error("the copies of the boot loader are not what they were")
+	}
+
+	replaceOnESP(t, d, "EFI/systemd/systemd-bootx64.efi", foreign)
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`boot loader repaired copy=EFI/systemd/systemd-bootx64.efi from=EFI/BOOT/BOOTX64.EFI`, bootTime)
+	m.Expect(readyPattern, bootTime)
+	if strings.Contains(m.Console(), "Access Denied") {
+		t.Error("the first copy was not the one that started")
+	}
+	m.PowerCut()
+
+	for _, path := range []string{"EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"} {
+		replaceOnESP(t, d, path, foreign)
+	}
+	m.PowerOn()
+	expectRefused(t, m, refusedPattern)
+}
+
+// loaderCopies are both, one after the other.
+func loaderCopies(t *testing.T, m *hwtest.Machine) string {
+	t.Helper()
+	d, _ := openDisk(t, m.Disk)
+	list, err := d.Loaders()
+	if err != nil || list[0].Damage != nil || list[1].Damage != nil || !bytes.Equal(list[0].Content, list[1].Content) {
+		t.Fatalf("the copies of the boot loader: %v, %v, %v", err, list[0].Damage, list[1].Damage)
+	}
+	return string(list[0].Content) + string(list[1].Content)
 }
 
 // writeFile puts a file into a product's folder, for its spec to name.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -143,8 +144,41 @@ func noise(slot io.ReaderAt) bool {
 	return slices.Max(count[:]) < 48
 }
 
-// fallbackLoaders is where firmware looks by itself; UEFI 2.10 §3.5.1.1.
-func fallbackLoaders() []string { return []string{"EFI/BOOT/BOOTX64.EFI", "EFI/BOOT/BOOTAA64.EFI"} }
+// readLoaders reads both copies of the boot loader. One that is missing is no failure of
+// the disk's: the other one starts, and the box makes the second by itself.
+func (d *disk) readLoaders(parts *partition.Disk) error {
+	copies, err := parts.Loaders()
+	if err != nil {
+		return err
+	}
+	var missing []string
+	for _, c := range copies {
+		if errors.Is(c.Damage, fs.ErrNotExist) {
+			missing = append(missing, c.Path)
+			continue
+		}
+		var found *program
+		err := c.Damage
+		if err == nil {
+			found, err = readProgram(bytes.NewReader(c.Content), int64(len(c.Content)))
+		}
+		if err != nil {
+			d.problem("boot loader %s: %v", c.Path, err)
+			continue
+		}
+		d.Loaders = append(d.Loaders, loader{c.Path, found})
+		d.adopt("boot loader "+c.Path, found)
+	}
+	switch {
+	case len(missing) == len(copies):
+		d.Notes = append(d.Notes, "there is no boot loader; this disk does not boot")
+	case len(missing) > 0:
+		d.Notes = append(d.Notes, "boot loader "+missing[0]+" is missing; the box puts it back when it has started from the other copy")
+	case len(d.Loaders) == len(copies) && !bytes.Equal(copies[0].Content, copies[1].Content):
+		d.Notes = append(d.Notes, "the two copies of the boot loader differ; the box makes them the same when it has started from one")
+	}
+	return nil
+}
 
 func (d *disk) readESP(parts *partition.Disk) error {
 	dev, p, err := parts.Partition(partition.ESPName)
@@ -156,20 +190,8 @@ func (d *disk) readESP(parts *partition.Disk) error {
 		return fmt.Errorf("boot partition: %w", err)
 	}
 	d.ESPFree = esp.FreeBytes()
-	for _, path := range fallbackLoaders() {
-		found, err := readESPProgram(esp, path)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			d.problem("boot loader %s: %v", path, err)
-			continue
-		}
-		d.Loaders = append(d.Loaders, loader{path, found})
-		d.adopt("boot loader "+path, found)
-	}
-	if len(d.Loaders) == 0 {
-		d.Notes = append(d.Notes, "there is no boot loader; this disk does not boot")
+	if err := d.readLoaders(parts); err != nil {
+		return err
 	}
 	entries, err := parts.Entries()
 	if err != nil {
