@@ -29,6 +29,31 @@
 // journal, and that release is not taken again by itself. A slot that was good has its
 // boots counted too, up to its services, when the other slot is good (F74).
 //
+// # The boot loader
+//
+// systemd-boot is on the ESP twice: at EFI/BOOT, where firmware finds it without any
+// variable, and at EFI/systemd, where bootctl keeps it. In every good boot [LoaderKeeper]
+// compares the two, and puts back the one that the firmware would refuse, or that is not
+// the one that started, from the other: a copy that is missing, cut short, altered or
+// somebody else's. An update replaces one after the other (package partition).
+//
+// [BootEntry] sees to a boot entry of the firmware's for the second copy, right behind the
+// entry that the disk was booted by, so that a first copy that is refused is followed by
+// the second at once, and before the network. An entry that is there, wherever, is left:
+// the order is its owner's, and no variable is written in a boot that finds it. The entry
+// goes behind and not to the front, so that a board's own order, a stick before the disk
+// for one, stays, and that the boot of a good box is the one it was; boards that lose
+// their variables lose no more than the second chance. One that loses the entry at each
+// boot gets it twice (loader/holdfast-bootentry.json on the ESP remembers), and one whose
+// store is full or read-only is used without; status says why.
+//
+// The attempt that failed is in the event log: EDK2 measures its return and the next call
+// into PCR 4, and nothing of it into PCR 7. Policies that bind PCR 4, strict and all
+// without Secure Boot, do not open in that boot; after the recovery key [Keeper.Settle]
+// seals to the boot that has both copies again, too. Where both copies are refused nothing
+// starts. A board that stops at a message about the refusal needs a person at its keyboard
+// all the same.
+//
 // # The firmware's keys
 //
 // A release whose spec says secureboot.enroll: force brings the vendor's PK, KEK and db in
@@ -93,7 +118,7 @@
 // policy is rollback-proof goes back to a release of a lower epoch by a file of the
 // vendor's on its ESP ([image.AuthorisationPath]), and says so in status.
 //
-// After a hand-off `holdfast-agent bless` settles too.
+// After a hand-off `holdfast-agent bless` settles too, and sees to the boot loader.
 //
 // # Integrity
 //

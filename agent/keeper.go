@@ -47,6 +47,10 @@ type Keeper struct {
 	// digests of the boot loaders that lie there. The log's records are recognised by
 	// these: other programs may come before, between and behind them.
 	Programs func() (running pcr.Release, loaders []pcr.Digest, err error)
+	// Retried says that this boot came from the second copy of the boot loader and that the
+	// first has been put back since: the next boot is expected without the attempt that
+	// failed. Nil is no.
+	Retried func() bool
 	// Variables are the contents of PK, KEK, db and dbx as they are now, empty for one
 	// that does not exist.
 	Variables func() (map[string][]byte, error)
@@ -311,7 +315,34 @@ func (k *Keeper) present(s *situation) ([]SealState, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append([]SealState{{For: k.own(), Policy: p}}, k.others(s, firmwareChange{}, "")...), nil
+	states := []SealState{{For: k.own(), Policy: p}}
+	if k.retried() {
+		next, err := k.predict(s, firmwareChange{}, nil)
+		switch {
+		case err != nil:
+			k.Log.Info("the next start, by the first boot loader, is not predicted", "reason", err)
+		case !samePolicy(p, next):
+			states = append(states, SealState{For: k.own() + firstMark, Policy: next})
+		}
+	}
+	return append(states, k.others(s, firmwareChange{}, "")...), nil
+}
+
+func (k *Keeper) retried() bool { return k.Retried != nil && k.Retried() }
+
+// asNext is what the next boot is predicted from: the log and the registers of this one,
+// without an attempt to boot that will not fail again.
+func (k *Keeper) asNext(log pcr.Log, loader pcr.Digest, now map[int]pcr.Digest) (pcr.Log, map[int]pcr.Digest) {
+	if !k.retried() || log.Replay()[4] != now[4] {
+		return log, now
+	}
+	without, ok := log.WithoutRetry(loader)
+	if !ok {
+		return log, now
+	}
+	now = maps.Clone(now)
+	now[4] = without.Replay()[4]
+	return without, now
 }
 
 // others are the states of the other slot as far as they can be predicted.
@@ -365,7 +396,8 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	}
 	verify(&change.Running, c.now)
 	verify(&change.Next, c.next)
-	values, err := pcr.Predict(log, s.now, change).Of(bound...)
+	log, now := k.asNext(log, running.Loader.Authenticode, s.now)
+	values, err := pcr.Predict(log, now, change).Of(bound...)
 	if err != nil {
 		return p, err
 	}
@@ -512,6 +544,9 @@ func (k *Keeper) Settle() (r Settled, err error) {
 		return r, err
 	}
 	if k.waits(s) {
+		if next, err := k.predict(s, firmwareChange{}, nil); err == nil && k.retried() && s.live(next) {
+			return r, nil // the boot loader that failed is repaired, and the TPM opens again
+		}
 		r.Problems = append(r.Problems, "the TPM will not open the data volumes at the next start either; if this state of the box is as it should be, run holdfast-agent reseal")
 		return r, nil
 	}

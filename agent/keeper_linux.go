@@ -85,6 +85,13 @@ func (s *system) newKeeper() (*Keeper, error) {
 		},
 	}
 	k.Programs = s.programsOnce(k.OpenDisk)
+	k.Retried = func() bool {
+		l := s.loader.Load()
+		if l == nil {
+			l = loaderStatusHere() // of another process, after a hand-off
+		}
+		return l.retried()
+	}
 	for _, v := range s.app.Volumes {
 		device, _, err := disk.Partition(v.Name)
 		if err != nil {

@@ -43,6 +43,8 @@ type platform struct {
 	// others are programs of somebody else, by the start that they come before: 0 is the
 	// boot loader's, and the last one is behind all.
 	others map[int]string
+	// refused is how many boot options are tried before the one that starts.
+	refused int
 	// forge leaves a record out of the log.
 	forge bool
 }
@@ -122,6 +124,10 @@ func (f *platform) boot(t testing.TB, version string) {
 		f.measure(t, i, pcr.EventSeparator, make([]byte, 4), nil)
 	}
 	f.measure(t, 4, pcr.EventEFIAction, []byte("Calling EFI Application from Boot Option"), nil)
+	for range f.refused {
+		f.measure(t, 4, pcr.EventEFIAction, []byte("Returning from EFI Application from Boot Option"), nil)
+		f.measure(t, 4, pcr.EventEFIAction, []byte("Calling EFI Application from Boot Option"), nil)
+	}
 	programs := []string{f.loader, "uki " + version}
 	if !f.secureBoot {
 		programs = append(programs, "linux "+version)
@@ -663,6 +669,69 @@ func TestRepair(t *testing.T) {
 				t.Errorf("settled with another TPM: %+v", r)
 			}
 			st.start("", "tpm")
+		})
+	}
+}
+
+// TestSecondLoader: the firmware refused the first copy of the boot loader and started the
+// second, and the first was put back. What binds PCR 4 asks for the recovery key, once: in
+// that boot it is sealed to the next one, too, and a release that is installed from there
+// opens in its first. What does not bind it opens all the way.
+func TestSecondLoader(t *testing.T) {
+	for name, c := range map[string]struct {
+		policy, repair string
+		secureBoot     bool
+		opens          bool
+	}{
+		"standard":                   {seal.PolicyStandard, "", true, true},
+		"strict":                     {seal.PolicyStrict, "", true, false},
+		"strict, repaired by hand":   {seal.PolicyStrict, repairManual, true, false},
+		"standard, Secure Boot off":  {seal.PolicyStandard, "", false, false},
+		"rollback-proof":             {seal.PolicyRollbackProof, "", true, true},
+		"a board that tries another": {seal.PolicyStrict, "", true, false},
+		"disk-theft-only":            {seal.PolicyDiskTheftOnly, "", false, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			policy := image.SealPolicy{Policy: c.policy, Repair: c.repair}
+			if c.policy == seal.PolicyRollbackProof {
+				policy.Epoch = 1
+			}
+			st := newStation(t, policy, c.secureBoot, "1.1.0")
+			key, usual := st.s.recoveryKey(), 0
+			if strings.HasPrefix(name, "a board") {
+				usual = 1 // the network, before the disk, at each boot
+				st.fw.refused = usual
+				st.start(key+"\n", "recovery")
+			}
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+
+			st.fw.refused = usual + 1
+			if c.opens {
+				st.start("", "tpm")
+			} else {
+				st.start(key+"\n", "recovery")
+			}
+			st.k.Retried = func() bool { return true }
+			if r := st.mustSettle(); len(r.Problems) > 0 || (c.opens || c.repair == repairManual) == r.Changed() {
+				t.Errorf("settled: %+v", r)
+			}
+			if c.opens || c.repair == repairManual {
+				st.wantStates("slot a 1.0.0")
+			} else {
+				st.wantStates("slot a 1.0.0", "slot a 1.0.0, first loader again")
+			}
+			if c.repair != repairManual {
+				st.apply("1.1.0")
+				st.fw.refused = usual
+				st.start("", "tpm")
+				st.good()
+				return
+			}
+			st.fw.refused = usual
+			st.start("", "tpm")
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
 		})
 	}
 }

@@ -24,6 +24,8 @@ type LoaderStatus struct {
 	Copies  []LoaderCopy `json:"copies"`
 	// Repaired says which copy was put back in this boot, and why.
 	Repaired string `json:"repaired,omitempty"`
+	// RepairedPath is that copy's.
+	RepairedPath string `json:"repaired_path,omitempty"`
 	// Entry is the firmware's boot entry for the second copy, "Boot0004"; NoEntry says
 	// why there is none: then a first copy that is damaged ends in a box that does not start.
 	Entry   string `json:"entry,omitempty"`
@@ -44,6 +46,12 @@ func (s *Status) setLoader(l *LoaderStatus) {
 	if l != nil && l.Problem != "" {
 		s.Problems = append(s.Problems, l.Problem)
 	}
+}
+
+// retried says whether this boot came from the second copy because of what the first one
+// was, which it is no more.
+func (l *LoaderStatus) retried() bool {
+	return l != nil && l.RepairedPath != "" && len(l.Copies) > 1 && l.RepairedPath == l.Copies[0].Path && strings.EqualFold(l.Started, l.Copies[1].Path)
 }
 
 func (l *LoaderStatus) lines(b *strings.Builder) {
@@ -139,6 +147,7 @@ func (k *LoaderKeeper) mend(s *LoaderStatus, copies []partition.Loader, why []er
 			s.Problem = fmt.Sprintf("the boot loader %s is not right (%s) and could not be put back from %s: %v", c.Path, text, good.Path, err)
 			continue
 		}
+		s.RepairedPath = c.Path
 		s.Repaired = fmt.Sprintf("the boot loader %s was put back from %s: %s", c.Path, good.Path, text)
 		k.Log.Warn("boot loader repaired", "copy", c.Path, "from", good.Path, "why", text)
 	}

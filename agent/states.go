@@ -25,6 +25,9 @@ const (
 	// loaderMark follows the name of the slot that runs while a release with another boot
 	// loader is being written: both slots are started by one.
 	loaderMark = ", next loader"
+	// firstMark follows the name of the slot that runs when it was started by the second
+	// copy of the boot loader, after the firmware had refused the first.
+	firstMark = ", first loader again"
 )
 
 // slotName is the state in which a slot boots its release.
