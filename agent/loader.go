@@ -126,7 +126,7 @@ func (k *LoaderKeeper) mend(s *LoaderStatus, copies []partition.Loader, why []er
 		switch {
 		case rank[best] < 2:
 			s.Copies[i].Wrong = printable(why[i].Error())
-			s.Problem = "the firmware would start neither copy of the boot loader, so neither was put back: install a release (holdfast-agent update apply) before the box is restarted"
+			s.Problem = "neither copy of the boot loader is one that the firmware starts, as far as can be told, so neither was put back: install a release before the box is restarted, which brings its own"
 			continue
 		case same:
 			continue
