@@ -49,9 +49,11 @@
 //
 // The attempt that failed is in the event log: EDK2 measures its return and the next call
 // into PCR 4, and nothing of it into PCR 7. Policies that bind PCR 4, strict and all
-// without Secure Boot, do not open in that boot; after the recovery key [Keeper.Settle]
-// seals to the boot that has both copies again, too. Where both copies are refused nothing
-// starts. A board that stops at a message about the refusal needs a person at its keyboard
+// without Secure Boot, do not open in that boot: the initrd puts the copy back before it
+// asks for anything, and restarts once, into a boot that has the registers that were
+// sealed to ([Machine.Mend]). Where it cannot, and somebody types the recovery key,
+// [Keeper.Settle] seals to the boot with both copies, too. Where both copies are refused
+// nothing starts. A board that stops at a message about the refusal needs a person at its keyboard
 // all the same.
 //
 // # The firmware's keys

@@ -325,6 +325,7 @@ func (i *initrd) openVolumes(root string, slots *Slots) error {
 		Signatures:    func() ([]byte, error) { return os.ReadFile(signaturesPath) },
 		SecureBoot:    i.secureBoot(),
 		OnTrial:       i.onTrial(),
+		Mend:          i.mendLoader,
 		Authorisation: func() ([]byte, error) { return readAuthorisation(i.disk) },
 		EventLog:      func() ([]byte, error) { return readEventLog(eventLogPath) },
 	}

@@ -736,6 +736,46 @@ func TestSecondLoader(t *testing.T) {
 	}
 }
 
+// TestMendBeforeAsking: a TPM that refuses has what made this boot another one put right,
+// and the box restarted, before anybody is asked; with nothing to put right it asks.
+func TestMendBeforeAsking(t *testing.T) {
+	start := func(s *session) error { return errors.Join(s.m.EnterPhase(phaseEnterInitrd), s.open()) }
+	for _, onTrial := range []bool{false, true} {
+		b := newBox(t, 1)
+		b.secureBoot = false
+		first := b.mustBoot("", "provisioned")
+		first.write("records")
+		key := first.recoveryKey()
+		b.powerOn()
+		b.tpm.Extend(4, "an attempt that failed")
+		mended := 0
+		s := b.session(key + "\n")
+		s.m.OnTrial = onTrial
+		s.m.Mend = func() bool { mended++; return true }
+		if err := start(s); !errors.Is(err, ErrReboot) || mended != 1 {
+			t.Errorf("on trial %v: %v, mended %d times", onTrial, err, mended)
+		}
+		if out := s.console.out.String(); strings.Contains(out, "recovery key (or") || len(s.storage.mapped) != 0 {
+			t.Errorf("on trial %v: mapped %v, console %s", onTrial, s.storage.mapped, out)
+		}
+		b.powerOn()
+		s = b.session("")
+		s.m.Mend = func() bool { t.Error("mended without need"); return true }
+		if err := start(s); err != nil {
+			t.Fatal(err)
+		}
+		s.wantOpen("tpm")
+		b.powerOn()
+		b.tpm.Extend(4, "another attempt")
+		s = b.session(key + "\n")
+		s.m.Mend = func() bool { return false }
+		if err := start(s); err != nil {
+			t.Fatal(err)
+		}
+		s.wantOpen("recovery")
+	}
+}
+
 // TestRepairKeyslot: the key area of the TPM's keyslot is damaged, on one volume or the
 // other. The TPM gives its secret, which opens nothing; after a start by the recovery key
 // the state is made anew, once.

@@ -3,12 +3,15 @@ package agent
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,6 +24,10 @@ const (
 	// bootEntryNote lies on the ESP: it is about the board.
 	bootEntryNote     = "loader/holdfast-bootentry.json"
 	maxBootEntryBytes = 4 << 10
+	// loaderNote lies on the ESP from a repair before the volumes were open to the next
+	// boot, whose status has it.
+	loaderNote     = "loader/holdfast-loader.txt"
+	maxLoaderNotes = 4 << 10
 	// loaderStatusPath is for later processes of this boot.
 	loaderStatusPath = "/run/holdfast/loader.json"
 )
@@ -41,6 +48,44 @@ func (s *system) keepLoaders() {
 	if err != nil {
 		s.log.Warn("boot loader", "error", err)
 	}
+}
+
+// mendLoader is [Machine.Mend]: where this boot came from the second copy of the boot
+// loader, the attempt with the first is in PCR 4. Once that copy is right again, a
+// restart has the registers that the volumes are sealed to. There is nothing to mend
+// then, so there is one restart.
+func (i *initrd) mendLoader() bool {
+	s := (&LoaderKeeper{Log: i.log, Vars: efivarfs{efivarsPath}, Disk: i.disk, Now: time.Now}).Keep()
+	if !s.retried() {
+		return false
+	}
+	files, err := espOf(i.disk)
+	if err == nil {
+		err = files.WriteFile(loaderNote, int64(len(s.Repaired)), strings.NewReader(s.Repaired), time.Now())
+	}
+	if err != nil {
+		i.log.Warn("the repair of the boot loader is not noted", "error", err)
+	}
+	i.log.Info("restarting with both boot loaders", "before", "asking for the recovery key")
+	return true
+}
+
+// takeLoaderNote is what a boot has noted that mended the boot loader and restarted.
+// Whoever can write the disk can have written it, and nothing rests on it.
+func takeLoaderNote(disk *partition.Disk) (string, error) {
+	files, err := espOf(disk)
+	if err != nil {
+		return "", err
+	}
+	f, err := files.Open(loaderNote)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	text, err := io.ReadAll(io.NewSectionReader(f, 0, min(f.Size(), maxLoaderNotes)))
+	return printable(string(text)), errors.Join(err, files.Remove(loaderNote))
 }
 
 // lookAfterLoaders keeps installations and other commands off the ESP meanwhile.
@@ -64,6 +109,13 @@ func (s *system) lookAfterLoaders() (*LoaderStatus, error) {
 	defer d.close()
 	vars := efivarfs{efivarsPath}
 	status := (&LoaderKeeper{Log: s.log, Vars: vars, Disk: d.disk, Now: time.Now}).Keep()
+	note, err := takeLoaderNote(d.disk)
+	if err != nil {
+		s.log.Warn("note on the boot loader", "error", err)
+	}
+	if status.Repaired == "" {
+		status.Repaired = note
+	}
 	if len(status.Copies) < 2 {
 		return status, nil
 	}

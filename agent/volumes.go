@@ -79,6 +79,10 @@ type Machine struct {
 	// Then a TPM that refuses ends the boot, instead of a wait for somebody with the
 	// recovery key: the other release may open the volumes, and asks if it cannot.
 	OnTrial bool
+	// Mend, when set, is called when the TPM refuses. It puts right what on the boot
+	// partition made this boot another one than is sealed for, and says whether it did: a
+	// restart is then tried before anybody is asked.
+	Mend func() bool
 	// Slot is the one that was booted, "a" or "b"; it names the states that are sealed for it.
 	Slot string
 	// Echo, when set, turns on and off that the console shows what is typed.
@@ -248,6 +252,9 @@ func (m *Machine) unlock(b image.Boot, vols []*volume) error {
 	}
 	if err != nil {
 		m.Log.Warn("the TPM does not open the data volumes", "reason", err)
+		if m.Mend != nil && !errors.Is(err, errRecoveryWanted) && m.Mend() {
+			return ErrReboot
+		}
 		if m.OnTrial && !errors.Is(err, errRecoveryWanted) {
 			return fmt.Errorf("a release on trial whose data volumes stay closed is left: %w", err)
 		}

@@ -30,6 +30,7 @@ func TestBoards(t *testing.T) {
 		tests["started from the install medium"] = startedFromMedium
 		tests["copy and nobody to tell"] = copyUntold
 		tests["a release is revoked"] = releaseRevoked
+		tests["the first boot loader is foreign under strict"] = foreignLoaderStrict
 		tests["keys are not kept"] = keysForgotten
 		tests["no room for keys"] = noRoomForKeys
 		tests["it is reset to the factory's state"] = factoryReset

@@ -204,6 +204,40 @@ func eventLog(t *testing.T, m *hwtest.Machine) pcr.Log {
 	return log
 }
 
+// foreignLoaderStrict: where PCR 4 is bound, a start by the second copy has another value
+// in it; the box puts the first copy back and restarts before it asks for anything.
+func foreignLoaderStrict(t *testing.T) {
+	p := theProduct(t)
+	first := buildRelease(t, t.TempDir(), p.keys, "1.0.2", func(s *spec.Spec) { s.Seal.Policy = "strict" })
+	stranger, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := hwtest.New(t, first.disk(), hwtest.Options{Forward: []int{80}, SecureBoot: p.firmwareKeys(t)})
+	m.PowerOn()
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "kept")
+	m.PowerButton(bootTime)
+	d, _ := openDisk(t, m.Disk)
+	replaceOnESP(t, d, "EFI/BOOT/BOOTX64.EFI", func(b []byte) []byte { return signedBy(t, stranger, b) })
+	m.PowerOn()
+	m.Expect(refusedPattern, bootTime)
+	m.Expect(`the TPM does not open the data volumes`, bootTime)
+	m.Expect(`boot loader repaired copy=EFI/BOOT/BOOTX64.EFI from=EFI/systemd/systemd-bootx64.efi`, bootTime)
+	m.Expect(`restarting with both boot loaders`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+	s := statusOf(t, m)
+	if l := s.BootLoader; l == nil || !strings.Contains(l.Repaired, "EFI/BOOT/BOOTX64.EFI was put back") || l.Started != "EFI/BOOT/BOOTX64.EFI" {
+		t.Errorf("status of the boot loader %+v", l)
+	}
+	if strings.Contains(m.Console(), "recovery key (or") {
+		t.Error("somebody was asked for the recovery key")
+	}
+}
+
 // loaderCopies are both, one after the other.
 func loaderCopies(t *testing.T, m *hwtest.Machine) string {
 	t.Helper()
