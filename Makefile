@@ -103,6 +103,7 @@ FUZZTIME ?= 60s
 campaign: inputs $(SYSTEMD_ROOT)/.complete
 	HOLDFAST_CAMPAIGN=1 $(GO) test -timeout 2h ./agent/... ./partition/... ./seal/... ./update/...
 	HOLDFAST_CAMPAIGN=1 HOLDFAST_CUTS=$(CUTS) $(GO) test -timeout 3h -parallel 2 -v -run 'TestPowerCuts|TestBoards|TestEncryptedSlots' ./hwtest
+	HOLDFAST_CAMPAIGN=1 $(GO) test -timeout 1h -run 'TestHandOff' ./examples/debian
 	set -e; for p in $$($(GO) list ./...); do for f in $$($(GO) test -list '^Fuzz' $$p | grep ^Fuzz || true); do \
 		$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 10x $$p; done; done
 
