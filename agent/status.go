@@ -161,25 +161,7 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		hash = hash[:16] + "…"
 	}
 	fmt.Fprintf(&b, "slot      %s (root hash %s)\n", orNone(s.Slot), hash)
-	fmt.Fprintf(&b, "policy    %s\n", orNone(s.Policy))
-	for _, r := range s.Rules {
-		fmt.Fprintf(&b, "            %s\n", r)
-	}
-	for _, t := range s.States {
-		opened := ""
-		if t.Opened {
-			opened = ", which opened the data volumes in this boot"
-		}
-		if t.Damaged {
-			opened = ", whose keyslot is damaged on a data volume"
-		}
-		fmt.Fprintf(&b, "state     %s%s\n", orNone(t.For), opened)
-		if !slices.Equal(t.Rules, s.Rules) {
-			for _, r := range t.Rules {
-				fmt.Fprintf(&b, "            %s\n", r)
-			}
-		}
-	}
+	s.policy(&b)
 	if s.Keys != nil {
 		s.Keys.lines(&b)
 	}
@@ -200,7 +182,46 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 	}
 	s.encryption(&b)
 	fmt.Fprintf(&b, "boot      initrd %d ms, of it TPM %d ms in %d commands\n", s.Boot.InitrdMilliseconds, s.Boot.TPMMilliseconds, s.Boot.TPMCommands)
-	tw := tabwriter.NewWriter(&b, 0, 8, 2, ' ', 0)
+	s.table(&b)
+	if s.Recovery != nil {
+		s.Recovery.lines(&b)
+	}
+	if s.Update != nil {
+		s.Update.lines(&b)
+	}
+	if s.Evidence != nil {
+		s.Evidence.lines(&b)
+	}
+	n, err := io.WriteString(w, b.String())
+	return int64(n), err
+}
+
+// policy tells what opens the volumes: the policy in force and every state.
+func (s *Status) policy(b *strings.Builder) {
+	fmt.Fprintf(b, "policy    %s\n", orNone(s.Policy))
+	for _, r := range s.Rules {
+		fmt.Fprintf(b, "            %s\n", r)
+	}
+	for _, t := range s.States {
+		opened := ""
+		if t.Opened {
+			opened = ", which opened the data volumes in this boot"
+		}
+		if t.Damaged {
+			opened = ", whose keyslot is damaged on a data volume"
+		}
+		fmt.Fprintf(b, "state     %s%s\n", orNone(t.For), opened)
+		if !slices.Equal(t.Rules, s.Rules) {
+			for _, r := range t.Rules {
+				fmt.Fprintf(b, "            %s\n", r)
+			}
+		}
+	}
+}
+
+// table lists slots, volumes and services.
+func (s *Status) table(b *strings.Builder) {
+	tw := tabwriter.NewWriter(b, 0, 8, 2, ' ', 0)
 	for _, r := range s.Slots {
 		running := ""
 		if r.Running {
@@ -223,17 +244,6 @@ func (s *Status) WriteTo(w io.Writer) (int64, error) {
 		fmt.Fprintln(tw)
 	}
 	tw.Flush()
-	if s.Recovery != nil {
-		s.Recovery.lines(&b)
-	}
-	if s.Update != nil {
-		s.Update.lines(&b)
-	}
-	if s.Evidence != nil {
-		s.Evidence.lines(&b)
-	}
-	n, err := io.WriteString(w, b.String())
-	return int64(n), err
 }
 
 // encryption says what of the releases is encrypted, where the spec asks for it.
