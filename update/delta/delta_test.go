@@ -214,9 +214,9 @@ func TestSources(t *testing.T) {
 		{delta.SourcePatch, func(o *delta.Options) { o.Old, o.OldVerity = old, was.v }, 0.12},
 		{delta.SourcePatch, func(o *delta.Options) { o.Old, o.OldVerity, o.Pack, o.Tree = old, was.v, delta.Blob{}, delta.Blob{} }, 0.12},
 		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch = old, was.v, delta.Blob{} }, 0.57},
-		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch, o.Pack = old, was.v, delta.Blob{}, delta.Blob{} }, 0.92},
+		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch, o.Pack = old, was.v, delta.Blob{}, delta.Blob{} }, 0.85},
 		{delta.SourceIndex, func(o *delta.Options) { o.Old, o.OldVerity, o.Patch, o.Pieces = old, was.v, delta.Blob{}, delta.Blob{} }, 0.85},
-		{delta.SourcePack, func(o *delta.Options) { o.Pack = delta.Blob{} }, 2.3},
+		{delta.SourcePack, func(o *delta.Options) { o.Pack = delta.Blob{} }, 2.1},
 		{delta.SourcePack, func(o *delta.Options) {}, 1.05},
 	} {
 		for _, target := range [][]byte{nil, text(77, len(is.root)), was.root, {}} {

@@ -24,8 +24,8 @@ func Pieces(ctx context.Context, root io.ReaderAt, v image.Verity, w io.Writer) 
 	index := delta.PieceIndex{Root: t.RootHash(), DataBlocks: v.DataBlocks}
 	index.Sizes = make([]uint16, (v.DataBlocks+delta.PieceBlocks-1)/delta.PieceBlocks)
 	worker := func() (func(int) ([]byte, error), error) {
-		// In a frame of 8 KiB SpeedDefault saves 7 % in twice the time.
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest),
+		// In a frame of 8 KiB SpeedBetterCompression saves 2 % in three times the time.
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedDefault),
 			zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
 		if err != nil {
 			return nil, err
