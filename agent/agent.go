@@ -37,24 +37,35 @@
 // the one that started, from the other: a copy that is missing, cut short, altered or
 // somebody else's. An update replaces one after the other (package partition).
 //
-// [BootEntry] sees to a boot entry of the firmware's for the second copy, right behind the
-// entry that the disk was booted by, so that a first copy that is refused is followed by
-// the second at once, and before the network. An entry that is there, wherever, is left:
-// the order is its owner's, and no variable is written in a boot that finds it. The entry
-// goes behind and not to the front, so that a board's own order, a stick before the disk
-// for one, stays, and that the boot of a good box is the one it was; boards that lose
-// their variables lose no more than the second chance. One that loses the entry at each
-// boot gets it twice (loader/holdfast-bootentry.json on the ESP remembers), and one whose
-// store is full or read-only is used without; status says why.
+// [BootEntries] sees to boot entries of the firmware's: for the second copy, right behind
+// the entry that the disk was booted by, so that a first copy that is refused is followed
+// by the second at once, and before the network; and behind that for the kernel images of
+// the releases that are good, the one that runs first. An entry that is there, wherever, is
+// left: the order is its owner's, but for the releases' in front of the boot loader, which
+// would then count no boots. No variable is written in a boot that finds them all; a commit
+// changes those of the releases, whose files have new names. They go behind and not to the
+// front, so that a board's own order, a stick before the disk for one, stays, and that the
+// boot of a good box is the one it was; boards that lose their variables lose no more than
+// the second chance. One that does not keep them gets them twice
+// (loader/holdfast-bootentry.json on the ESP remembers), and one whose store is full or
+// read-only is used without; status says why.
+//
+// A kernel image that the firmware refuses makes the boot loader come back, and the second
+// one chooses it again. Then the firmware starts a good release by its own entry. The
+// initrd of that sees in LoaderEntrySelected what was refused, leaves it no tries, whether
+// it was on trial or good, and restarts, once; the release then started says what was wrong
+// ([Updater.Refused]). Where both copies of the boot loader are refused, a release runs
+// without, and an installation brings new ones.
 //
 // The attempt that failed is in the event log: EDK2 measures its return and the next call
 // into PCR 4, and nothing of it into PCR 7. Policies that bind PCR 4, strict and all
 // without Secure Boot, do not open in that boot: the initrd puts the copy back before it
 // asks for anything, and restarts once, into a boot that has the registers that were
-// sealed to ([Machine.Mend]). Where it cannot, and somebody types the recovery key,
-// [Keeper.Settle] seals to the boot with both copies, too. Where both copies are refused
-// nothing starts. A board that stops at a message about the refusal needs a person at its keyboard
-// all the same.
+// sealed to ([Machine.Mend]). So it does, once until a boot is good, after anything else
+// that came back before. Where it cannot, and somebody types the recovery key,
+// [Keeper.Settle] seals to the boot with both copies, too; to one without any boot loader it
+// does not. A board that stops at a message about the refusal needs a person at its
+// keyboard all the same.
 //
 // # The firmware's keys
 //

@@ -83,7 +83,7 @@ const secondLoader = "EFI/systemd/systemd-bootx64.efi"
 
 // entryBox is a box with that board.
 type entryBox struct {
-	*BootEntry
+	*BootEntries
 	t     *testing.T
 	fw    *bootVars
 	note  []byte
@@ -92,8 +92,8 @@ type entryBox struct {
 
 func newEntryBox(t *testing.T) *entryBox {
 	b := &entryBox{t: t, fw: takesBoot()}
-	b.BootEntry = &BootEntry{
-		Log: slog.New(slog.DiscardHandler), Vars: b.fw, Number: 1, Path: secondLoader,
+	b.BootEntries = &BootEntries{
+		Log: slog.New(slog.DiscardHandler), Vars: b.fw, Number: 1, Loader: secondLoader,
 		ESP: partition.Partition{Name: partition.ESPName, GUID: "11223344-5566-7788-99aa-bbccddeeff00", StartBytes: 1 << 20, SizeBytes: 64 << 20},
 		Load: func() ([]byte, error) {
 			if b.note == nil {
@@ -106,14 +106,15 @@ func newEntryBox(t *testing.T) *entryBox {
 	return b
 }
 
-func (b *entryBox) want(when, name, failure, order string) {
+func (b *entryBox) want(when, names, failure, order string) {
 	b.t.Helper()
-	got, err := b.Ensure()
-	if got != name || (err == nil) != (failure == "") || err != nil && !strings.Contains(err.Error(), failure) {
-		b.t.Errorf("%s: %q, %v; want %q, %q", when, got, err, name, failure)
+	list, err := b.Ensure()
+	got := strings.Join(list, " ")
+	if got != names || (err == nil) != (failure == "") || err != nil && !strings.Contains(err.Error(), failure) {
+		b.t.Errorf("%s: %q, %v; want %q, %q", when, got, err, names, failure)
 	}
-	list, err := parseBootOrder(b.fw.values["BootOrder"])
-	if text := fmt.Sprint(list); err != nil || text != order {
+	now, err := parseBootOrder(b.fw.values["BootOrder"])
+	if text := fmt.Sprint(now); err != nil || text != order {
 		b.t.Errorf("%s: order %s (%v), want %s", when, text, err, order)
 	}
 }
@@ -127,7 +128,7 @@ func TestBootEntry(t *testing.T) {
 		t.Errorf("written %s", got)
 	}
 	o, err := parseLoadOption(b.fw.values["Boot0003"])
-	if err != nil || !o.Active || o.Description != bootEntryDescription || o.File != `\EFI\systemd\systemd-bootx64.efi` || o.Drive.StartLBA != 2048 || o.Drive.SizeInLBA != 131072 {
+	if err != nil || !o.Active || o.Description != loaderDescription || o.File != `\EFI\systemd\systemd-bootx64.efi` || o.Drive.StartLBA != 2048 || o.Drive.SizeInLBA != 131072 {
 		t.Errorf("%+v, %v", o, err)
 	}
 	b.want("second boot", "Boot0003", "", "[0 1 3 2]")
@@ -172,7 +173,7 @@ func TestBootEntryForgotten(t *testing.T) {
 	if len(b.fw.writes) != 6 {
 		t.Errorf("%d writes: %v", len(b.fw.writes), b.fw.writes)
 	}
-	b.want("forgetful", "", "has lost it 2 times", "[]")
+	b.want("forgetful", "", "has not kept them 2 times", "[]")
 }
 
 // TestBootEntryRefused: what a board does not take is said, and not tried for ever (F65, F67).
@@ -202,7 +203,7 @@ func TestBootEntryRefused(t *testing.T) {
 				if i >= bootEntryAttempts {
 					want = c.again
 				}
-				if got, err := b.Ensure(); got != "" || err == nil || !strings.Contains(err.Error(), want) {
+				if got, err := b.Ensure(); strings.Join(got, "") != "" || err == nil || !strings.Contains(err.Error(), want) {
 					t.Errorf("boot %d: %q, %v", i, got, err)
 				}
 			}
@@ -219,21 +220,110 @@ func TestBootEntryRefused(t *testing.T) {
 	}
 }
 
+// TestReleaseEntries: the firmware comes to the kernel images of the good releases when no
+// boot loader leads to one that it starts. They follow the releases, in their own numbers.
+func TestReleaseEntries(t *testing.T) {
+	const a1, b1, a2 = "EFI/holdfast/a-1.efi", "EFI/holdfast/b-1.efi", "EFI/holdfast/a-2.efi"
+	b := newEntryBox(t)
+	file := func(name string) string {
+		o, err := parseLoadOption(b.fw.values[name])
+		if err != nil || !o.Active {
+			t.Fatalf("%s: %+v, %v", name, o, err)
+		}
+		return espPath(o.File)
+	}
+	written := func(want string) {
+		t.Helper()
+		if got := strings.Join(b.fw.writes, " "); got != want {
+			t.Errorf("written %q, want %q", got, want)
+		}
+		b.fw.writes = nil
+	}
+	b.Releases = []string{a1}
+	b.want("first boot", "Boot0003 Boot0004", "", "[0 1 3 4 2]")
+	written("Boot0003 Boot0004 BootOrder")
+	b.Releases = []string{b1, a1}
+	b.want("first update", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+	written("Boot0004 Boot0005 BootOrder")
+	if file("Boot0004") != b1 || file("Boot0005") != a1 {
+		t.Errorf("%s, %s", file("Boot0004"), file("Boot0005"))
+	}
+	for range 2 * bootEntryAttempts { // another one at each boot is no board that forgets
+		b.Releases = []string{a1, b1}
+		b.want("back", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+		written("Boot0004 Boot0005")
+		b.Releases = []string{b1, a1}
+		b.want("and again", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+		written("Boot0004 Boot0005")
+	}
+	b.want("next boot", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+	b.Releases = []string{b1} // the other one is replaced, or was left
+	b.want("one of them", "Boot0003 Boot0004", "", "[0 1 3 4 5 2]")
+	written("")
+	b.Releases = []string{a2, b1}
+	b.want("second update", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+	written("Boot0004 Boot0005")
+	b.want("next boot", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+
+	// In front of the boot loader they would end all trials (F59); elsewhere behind it they
+	// may stand where the owner has them.
+	b.fw.values["BootOrder"] = marshalBootOrder([]uint16{3, 0, 4, 2, 5, 1})
+	b.want("the owner's order", "Boot0003 Boot0004 Boot0005", "", "[3 0 4 2 5 1]")
+	written("")
+	b.fw.values["BootOrder"] = marshalBootOrder([]uint16{4, 5, 0, 1, 3, 2})
+	b.fw.values["BootCurrent"] = marshalBootOrder([]uint16{4})
+	b.want("new ones are put to the front", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+	written("BootOrder")
+	b.want("next boot", "Boot0003 Boot0004 Boot0005", "", "[0 1 3 4 5 2]")
+	delete(b.fw.values, "Boot0003")
+	b.fw.values["BootOrder"] = marshalBootOrder([]uint16{4, 5, 0, 1, 2})
+	b.want("the loader's is lost", "Boot0003 Boot0004 Boot0005", "", "[3 4 5 0 1 2]")
+	written("Boot0003 BootOrder")
+
+	// Room for the boot loader's alone, and for all but one.
+	for room, want := range map[int64]string{2500: "Boot0003", 4000: "Boot0003 Boot0004"} {
+		b := newEntryBox(t)
+		b.Releases, b.fw.free = []string{b1, a1}, room
+		if got, err := b.Ensure(); strings.TrimSpace(strings.Join(got, " ")) != want || err == nil || !strings.Contains(err.Error(), "variable store is full") {
+			t.Errorf("%d bytes: %q, %v", room, got, err)
+		}
+		writes := len(b.fw.writes)
+		b.fw.free = 100
+		for range 5 {
+			b.Ensure()
+		}
+		if len(b.fw.writes) != writes {
+			t.Errorf("written in a full store: %v", b.fw.writes)
+		}
+	}
+	// A board that puts them to the front at each boot is left to it.
+	b = newEntryBox(t)
+	b.Releases = []string{a1}
+	for range 5 {
+		b.Ensure()
+		b.fw.values["BootOrder"] = marshalBootOrder([]uint16{4, 0, 1, 3, 2})
+	}
+	b.want("another mind", "Boot0003 Boot0004", "has not kept them 2 times", "[4 0 1 3 2]")
+	b = newEntryBox(t)
+	b.Releases, b.fw.refuse = []string{b1, a1}, map[string]error{"Boot0004": unix.EIO}
+	b.want("a write fails", "Boot0003  ", "Boot0004", "[0 1 3 2]")
+}
+
 // qemuOption is what OVMF makes of a disk that it found: no partition is named in it.
 const qemuOption = "0100000016005500450046004900200051004500" + "4d005500000002010c00d041030a000000007fff0400"
 
 func TestLoadOptionAttacks(t *testing.T) {
 	b := newEntryBox(t)
-	o, err := newLoadOption("entry", 1, b.ESP, b.Path)
+	o, err := newLoadOption("entry", 1, b.ESP, b.Loader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	whole := o.marshal()
-	if got, err := parseLoadOption(whole); err != nil || got != o || !got.starts(b.ESP, b.Path) {
+	if got, err := parseLoadOption(whole); err != nil || got != o || !got.on(b.ESP) {
 		t.Errorf("%+v, %v", got, err)
 	}
 	for n := range len(whole) - 4 {
-		if got, err := parseLoadOption(whole[:n]); err == nil && got.starts(b.ESP, b.Path) {
+		if got, err := parseLoadOption(whole[:n]); err == nil && got == o {
 			t.Errorf("the first %d bytes are taken for it", n)
 		}
 	}
@@ -254,8 +344,8 @@ func TestLoadOptionAttacks(t *testing.T) {
 	}
 	elsewhere := b.ESP
 	elsewhere.GUID = "11223344-5566-7788-99aa-bbccddeeff01"
-	if o.starts(elsewhere, b.Path) || o.starts(b.ESP, "EFI/BOOT/BOOTX64.EFI") {
-		t.Error("another partition, or another file, is taken for it")
+	if o.on(elsewhere) {
+		t.Error("another partition is taken for it")
 	}
 }
 

@@ -76,10 +76,6 @@ func RunInitrd(console *os.File) error {
 	return i.becomeInit()
 }
 
-// armedTries is how often a slot that was good may fail to boot in a row. It is
-// more than a trial has, which tells the two apart.
-const armedTries = 5
-
 // rearm gives the slot of a boot that ends here its counter, if it is one that was
 // good: the root was not even found, so [initrd.arm] was not reached. It is a last
 // act; what fails here changes nothing. A disk that this boot was not started from is
@@ -236,6 +232,9 @@ func (i *initrd) findDisk() (err error) {
 		i.status.Problems = append(i.status.Problems, "the partition table was read from its backup")
 	}
 	i.status.Slot, i.status.Disk = i.slot(), i.root.disk
+	if err := i.leaveRefused(); err != nil {
+		return err
+	}
 	i.arm(i.disk)
 	return nil
 }

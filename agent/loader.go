@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"slices"
@@ -22,14 +23,18 @@ type LoaderStatus struct {
 	// Started is the path of the copy that this boot came from, where it said so.
 	Started string       `json:"started,omitempty"`
 	Copies  []LoaderCopy `json:"copies"`
-	// Repaired says which copy was put back in this boot, and why.
+	// Repaired says which copy was put back in this boot, and why; or what was put right
+	// before the volumes opened, and took a restart.
 	Repaired string `json:"repaired,omitempty"`
 	// RepairedPath is that copy's.
 	RepairedPath string `json:"repaired_path,omitempty"`
-	// Entry is the firmware's boot entry for the second copy, "Boot0004"; NoEntry says
-	// why there is none: then a first copy that is damaged ends in a box that does not start.
-	Entry   string `json:"entry,omitempty"`
-	NoEntry string `json:"no_entry,omitempty"`
+	// Entry is the firmware's boot entry for the second copy, "Boot0004", and
+	// ReleaseEntries are those for the kernel images of the good releases. NoEntry says why
+	// there are not all of them: then a program that the firmware refuses can end in a box
+	// that does not start.
+	Entry          string   `json:"entry,omitempty"`
+	ReleaseEntries []string `json:"release_entries,omitempty"`
+	NoEntry        string   `json:"no_entry,omitempty"`
 	// Problem says why a copy was left as it is.
 	Problem string `json:"problem,omitempty"`
 }
@@ -62,11 +67,14 @@ func (l *LoaderStatus) lines(b *strings.Builder) {
 	if l.Started != "" {
 		text += ", started from " + l.Started
 	}
-	switch {
-	case l.Entry != "":
+	if l.Entry != "" {
 		text += ", the firmware's entry for the second is " + l.Entry
-	case l.NoEntry != "":
-		text += ", and the firmware has no entry for the second: " + l.NoEntry
+	}
+	if len(l.ReleaseEntries) > 0 {
+		text += ", for the releases without it " + strings.Join(l.ReleaseEntries, " and ")
+	}
+	if l.NoEntry != "" {
+		text += ", and the firmware does not have all entries: " + l.NoEntry
 	}
 	fmt.Fprintf(b, "loader    %s\n", printable(text))
 }
@@ -97,7 +105,7 @@ func (k *LoaderKeeper) Keep() *LoaderStatus {
 	for i, c := range copies {
 		why[i] = c.Damage
 		if why[i] == nil {
-			why[i] = judge(c.Content)
+			why[i] = judge(bytes.NewReader(c.Content), int64(len(c.Content)))
 		}
 		if why[i] == nil {
 			rank[i] = 2
@@ -126,7 +134,7 @@ func (k *LoaderKeeper) mend(s *LoaderStatus, copies []partition.Loader, why []er
 		switch {
 		case rank[best] < 2:
 			s.Copies[i].Wrong = printable(why[i].Error())
-			s.Problem = "neither copy of the boot loader is one that the firmware starts, as far as can be told, so neither was put back: install a release before the box is restarted, which brings its own"
+			s.Problem = "neither copy of the boot loader is one that the firmware starts, as far as can be told, so neither was put back: install a release, which brings its own"
 			continue
 		case same:
 			continue
@@ -156,13 +164,13 @@ func (k *LoaderKeeper) mend(s *LoaderStatus, copies []partition.Loader, why []er
 	}
 }
 
-// judge says what makes the firmware refuse a boot loader. Where it does not enforce
-// Secure Boot, a signature still tells whether the content is what was signed.
-func (k *LoaderKeeper) judge() func(content []byte) error {
+// judge says what makes the firmware refuse a program. Where it does not enforce Secure
+// Boot, a signature still tells whether the content is what was signed.
+func (k *LoaderKeeper) judge() func(content io.ReaderAt, size int64) error {
 	state, err := ReadSecureBoot(k.Vars)
 	enforced := err == nil && state.Enforced()
-	return func(content []byte) error {
-		p, err := uki.Parse(bytes.NewReader(content), int64(len(content)))
+	return func(content io.ReaderAt, size int64) error {
+		p, err := uki.Parse(content, size)
 		if err != nil {
 			return err
 		}
@@ -184,14 +192,58 @@ func (k *LoaderKeeper) judge() func(content []byte) error {
 	}
 }
 
-// started is the path that systemd-boot says it was started from (Boot Loader Interface,
-// LoaderImageIdentifier); empty where that is not known.
+// Refused says why the firmware does not start the kernel image of a boot entry; nil where
+// nothing speaks against it.
+func (k *LoaderKeeper) Refused(e partition.Entry) error {
+	files, err := espOf(k.Disk)
+	if err != nil {
+		return err
+	}
+	f, err := files.Open(e.UKI)
+	if err != nil {
+		return err
+	}
+	return k.judge()(f, f.Size())
+}
+
+// armedTries is how often a slot that was good may fail to boot in a row. It is
+// more than a trial has, which tells the two apart.
+const armedTries = 5
+
+// giveUpRefused gives up the release that the boot loader has chosen in this start of the
+// box, where it is that of the slot that does not run: the firmware refused its kernel
+// image, and came to the one that runs by an entry of its own. The boot loader would choose
+// it at each boot. ok is false where there is none.
+func giveUpRefused(disk *partition.Disk, vars EFIVars, running partition.Slot) (e partition.Entry, ok bool, err error) {
+	entries, err := disk.Entries()
+	if err != nil || len(entries) == 0 {
+		return e, false, err
+	}
+	e = entries[0] // the boot loader's next choice
+	if e.Slot != running.Other() || e.Bad() || !e.Named(loaderSays(vars, "LoaderEntrySelected")) {
+		return e, false, nil
+	}
+	boots := armedTries // of one that was good, see wasGood
+	if e.Counted {
+		boots = e.TriesLeft + e.TriesDone
+	}
+	return e, true, disk.GiveUp(e.Slot, boots)
+}
+
+// started is the path that systemd-boot says it was started from (LoaderImageIdentifier);
+// empty where that is not known.
 func (k *LoaderKeeper) started() string {
+	return printable(espPath(loaderSays(k.Vars, "LoaderImageIdentifier")))
+}
+
+// loaderSays reads what systemd-boot has said about this start of the box (systemd's Boot
+// Loader Interface); empty where it has not.
+func loaderSays(vars EFIVars, name string) string {
 	vendor := sigdb.FromUUID(uuid.MustParse("4a67b082-0a4c-41cf-b6c7-440b29bb8c4f"))
-	_, value, err := k.Vars.Read(EFIVar{"LoaderImageIdentifier", vendor})
+	_, value, err := vars.Read(EFIVar{name, vendor})
 	if err != nil {
 		return ""
 	}
 	text, _, _ := cutUTF16Z(value)
-	return printable(espPath(text))
+	return text
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-os/holdfast/partition"
+	"github.com/holdfast-os/holdfast/seal/pcr"
 	"github.com/holdfast-os/holdfast/update"
 )
 
@@ -50,24 +51,56 @@ func (s *system) keepLoaders() {
 	}
 }
 
-// mendLoader is [Machine.Mend]: where this boot came from the second copy of the boot
-// loader, the attempt with the first is in PCR 4. Once that copy is right again, a
-// restart has the registers that the volumes are sealed to. There is nothing to mend
-// then, so there is one restart.
+// leaveRefused restarts, once, without the release that the firmware has refused in this
+// start of the box: the attempts are in PCR 4, and no boot loader is.
+func (i *initrd) leaveRefused() error {
+	e, refused, err := giveUpRefused(i.disk, efivarfs{efivarsPath}, partition.Slot(i.status.Slot))
+	if err != nil {
+		i.log.Warn("boot entries", "refused", refused, "error", err) // this boot goes on
+		return nil
+	}
+	if !refused {
+		return nil
+	}
+	i.log.Warn("restarting without a release that the firmware refuses", "version", e.Version, "slot", e.Slot)
+	return ErrReboot
+}
+
+// mendLoader is [Machine.Mend]: what the firmware has tried in vain before this boot is in
+// PCR 4. Once the first copy of the boot loader is right again, a restart has the
+// registers that the volumes are sealed to; there is nothing to mend then. After anything
+// else that came back, a release whose tries are used up for one, a restart is tried, and
+// the note says that it was.
 func (i *initrd) mendLoader() bool {
 	s := (&LoaderKeeper{Log: i.log, Vars: efivarfs{efivarsPath}, Disk: i.disk, Now: time.Now}).Keep()
-	if !s.retried() {
+	files, err := espOf(i.disk)
+	if err != nil {
+		i.log.Warn("boot loader", "error", err)
 		return false
 	}
-	files, err := espOf(i.disk)
-	if err == nil {
-		err = files.WriteFile(loaderNote, int64(len(s.Repaired)), strings.NewReader(s.Repaired), time.Now())
+	note := s.Repaired
+	if !s.retried() {
+		if _, err := files.Open(loaderNote); !errors.Is(err, fs.ErrNotExist) || !cameBack() {
+			return false
+		}
+		note = "restarted once, as the firmware had tried another program before, which was in PCR 4"
 	}
-	if err != nil {
+	if err := files.WriteFile(loaderNote, int64(len(note)), strings.NewReader(note), time.Now()); err != nil {
 		i.log.Warn("the repair of the boot loader is not noted", "error", err)
+		return s.retried()
 	}
-	i.log.Info("restarting with both boot loaders", "before", "asking for the recovery key")
+	i.log.Info("restarting, as the firmware had tried another program before", "before", "asking for the recovery key")
 	return true
+}
+
+// cameBack says whether a boot option came back before the one that this boot is from.
+func cameBack() bool {
+	raw, err := readEventLog(eventLogPath)
+	if err != nil {
+		return false
+	}
+	log, err := pcr.ParseLog(raw)
+	return err == nil && log.Retried()
 }
 
 // takeLoaderNote is what a boot has noted that mended the boot loader and restarted.
@@ -119,26 +152,39 @@ func (s *system) lookAfterLoaders() (*LoaderStatus, error) {
 	if len(status.Copies) < 2 {
 		return status, nil
 	}
-	entry, err := bootEntryFor(s.log, vars, d.disk, status.Copies[1].Path)
+	var names []string
+	entries, err := bootEntriesFor(s.log, vars, d.disk, d.slot, status.Copies[1].Path)
 	if err == nil {
-		status.Entry, err = entry.Ensure()
+		names, err = entries.Ensure()
+	}
+	for i, name := range names {
+		switch {
+		case i == 0:
+			status.Entry = name
+		case name != "":
+			status.ReleaseEntries = append(status.ReleaseEntries, name)
+		}
 	}
 	if err != nil {
 		status.NoEntry = err.Error()
-		s.log.Warn("boot entry for the second boot loader", "error", err)
+		s.log.Warn("boot entries of the firmware", "error", err)
 	}
 	return status, nil
 }
 
-func bootEntryFor(log *slog.Logger, vars EFIVars, disk *partition.Disk, path string) (*BootEntry, error) {
+func bootEntriesFor(log *slog.Logger, vars EFIVars, disk *partition.Disk, running partition.Slot, loader string) (*BootEntries, error) {
 	files, err := espOf(disk)
+	if err != nil {
+		return nil, err
+	}
+	releases, err := goodReleases(disk, running)
 	if err != nil {
 		return nil, err
 	}
 	parts := disk.Layout().Partitions
 	i := slices.IndexFunc(parts, func(p partition.Partition) bool { return p.Name == partition.ESPName })
-	return &BootEntry{
-		Log: log, Vars: vars, ESP: parts[i], Number: i + 1, Path: path,
+	return &BootEntries{
+		Log: log, Vars: vars, ESP: parts[i], Number: i + 1, Loader: loader, Releases: releases,
 		Load: func() ([]byte, error) {
 			f, err := files.Open(bootEntryNote)
 			if err != nil {

@@ -25,25 +25,30 @@ type loaderBox struct {
 	good []byte
 }
 
-// loaderVars adds what systemd-boot says of itself.
+// loaderVars adds what systemd-boot says of itself and of its choice.
 type loaderVars struct {
 	*firmware
-	started string
+	started, selected string
 }
 
 func (v *loaderVars) Read(name EFIVar) (uint32, []byte, error) {
-	if name.Name != "LoaderImageIdentifier" {
+	text := v.started
+	switch name.Name {
+	default:
 		return v.firmware.Read(name)
+	case "LoaderEntrySelected":
+		text = v.selected
+	case "LoaderImageIdentifier":
 	}
-	if v.started == "" || name.Vendor != sigdb.FromUUID(uuid.MustParse("4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")) {
+	if text == "" || name.Vendor != sigdb.FromUUID(uuid.MustParse("4a67b082-0a4c-41cf-b6c7-440b29bb8c4f")) {
 		return 0, nil, fs.ErrNotExist
 	}
-	return 6, utf16Z(v.started), nil
+	return 6, utf16Z(text), nil
 }
 
 func newLoaderBox(t *testing.T) *loaderBox {
 	ours, _ := vendors(t)
-	b := &loaderBox{t: t, vars: &loaderVars{enrolled(t, ours), `\EFI\BOOT\BOOTX64.EFI`}}
+	b := &loaderBox{t: t, vars: &loaderVars{firmware: enrolled(t, ours), started: `\EFI\BOOT\BOOTX64.EFI`}}
 	b.good, _ = signedProgram(t, "boot loader", ours.DB)
 	disk, err := partition.Open(newVendor(t, "1.0.0").newDisk("1.0.0"))
 	if err != nil {
@@ -199,14 +204,106 @@ func TestLoaderNoRoom(t *testing.T) {
 
 func TestLoaderStatusLines(t *testing.T) {
 	for want, s := range map[string]LoaderStatus{
-		"loader    two copies, started from EFI/BOOT/BOOTX64.EFI, the firmware's entry for the second is Boot0003\n": {Started: firstLoader, Entry: "Boot0003"},
-		"loader    two copies, and the firmware has no entry for the second: it has lost it\n":                       {NoEntry: "it has lost it"},
-		"repaired  it was put back\nloader    two copies\n":                                                          {Repaired: "it was put back"},
+		"loader    two copies, started from EFI/BOOT/BOOTX64.EFI, the firmware's entry for the second is Boot0003\n":                              {Started: firstLoader, Entry: "Boot0003"},
+		"loader    two copies, for the releases without it Boot0004 and Boot0005, and the firmware does not have all entries: it has lost them\n": {ReleaseEntries: []string{"Boot0004", "Boot0005"}, NoEntry: "it has lost them"},
+		"repaired  it was put back\nloader    two copies\n":                                                                                       {Repaired: "it was put back"},
 	} {
 		var b strings.Builder
 		s.lines(&b)
 		if b.String() != want {
 			t.Errorf("got %q, want %q", b.String(), want)
+		}
+	}
+}
+
+// TestGiveUpRefused: a release that the boot loader chose, and that is not what runs, has
+// no tries any more; what the boot loader did not choose in this start, or does not choose
+// any more, is left as it is. The release that runs says why.
+func TestGiveUpRefused(t *testing.T) {
+	ours, _ := vendors(t)
+	for name, c := range map[string]struct {
+		tries    int // of the release in slot b, of which one was used; 0 for one that is good
+		selected string
+		running  partition.Slot
+		gaveUp   bool
+		memory   string
+	}{
+		"on trial":                  {3, "holdfast-b-000000000002.conf", partition.SlotA, true, "fell-back 1.1.0>1.0.0;"},
+		"named with its counter":    {3, "HOLDFAST-B-000000000002+2-1.CONF", partition.SlotA, true, "fell-back 1.1.0>1.0.0;"},
+		"good":                      {0, "holdfast-b-000000000002.conf", partition.SlotA, true, "fell-back 1.1.0>1.0.0;"},
+		"it runs":                   {3, "holdfast-b-000000000002.conf", partition.SlotB, false, ""},
+		"its tries were used up":    {1, "holdfast-b-000000000002.conf", partition.SlotA, false, "fell-back 1.1.0>1.0.0;"},
+		"no boot loader started":    {3, "", partition.SlotA, false, ""},
+		"somebody chose the other":  {3, "holdfast-a-000000000001.conf", partition.SlotA, false, ""},
+		"an entry of another disk":  {3, "holdfast-b-000000000007.conf", partition.SlotA, false, ""},
+		"something else altogether": {0, "auto-reboot-to-firmware-setup", partition.SlotA, false, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := newAppliance(newVendor(t, "1.0.0", "1.1.0"), "1.0.0")
+			r := a.releases["1.1.0"]
+			d := a.disk()
+			if err := d.WriteSlot(t.Context(), partition.SlotB, partition.Contents{
+				Root: partition.Bytes(r.root), RootHash: r.Verity.RootHash, UKI: partition.Bytes(r.uki), Title: "gate", Version: "1.1.0",
+			}, partition.WriteOptions{Tries: c.tries, Running: partition.SlotA}, nil); err != nil {
+				t.Fatal(err)
+			}
+			old := a.on
+			if err := a.load(); err != nil || a.on.Slot != partition.SlotB {
+				t.Fatal(a.on, err)
+			}
+			vars := &loaderVars{firmware: enrolled(t, ours), selected: c.selected}
+			e, ok, err := giveUpRefused(d, vars, c.running)
+			if ok != c.gaveUp || err != nil || ok && e.Version != "1.1.0" {
+				t.Fatalf("%+v, %v, %v", e, ok, err)
+			}
+			if c.running == partition.SlotB {
+				a.wantEntries("b 1.1.0 2", "a 1.0.0")
+				return
+			}
+			a.on = old
+			if err := a.start(a.releases["1.0.0"]); err != nil {
+				t.Fatal(err)
+			}
+			if !c.gaveUp && c.memory == "" {
+				a.wantMemory("")
+				return
+			}
+			a.wantEntries("a 1.0.0", "b 1.1.0 0")
+			if got := a.memory(); !strings.HasSuffix(got, c.memory) {
+				t.Errorf("remembered %s", got)
+			}
+			if _, again, err := giveUpRefused(a.disk(), vars, partition.SlotA); again || err != nil {
+				t.Errorf("given up twice: %v", err)
+			}
+		})
+	}
+}
+
+// TestRefused: what was left because the firmware does not start it is said to be that.
+func TestRefused(t *testing.T) {
+	ours, theirs := vendors(t)
+	whole, _ := signedProgram(t, "kernel", ours.DB)
+	foreign, _ := signedProgram(t, "kernel", theirs.DB)
+	for want, content := range map[string][]byte{
+		"none of its boots": whole, "the firmware refuses its kernel image: ": whole[:len(whole)/2], "the firmware refuses its kernel image: no": foreign,
+	} {
+		b := newLoaderBox(t)
+		a := newAppliance(newVendor(t, "1.0.0", "1.1.0"), "1.0.0")
+		r := a.releases["1.1.0"]
+		a.u.Refused = func(d *partition.Disk, e partition.Entry) error {
+			return (&LoaderKeeper{Log: b.Log, Vars: b.vars, Disk: d}).Refused(e)
+		}
+		err := a.disk().WriteSlot(t.Context(), partition.SlotB, partition.Contents{
+			Root: partition.Bytes(r.root), RootHash: r.Verity.RootHash, UKI: partition.Bytes(content), Version: "1.1.0",
+		}, partition.WriteOptions{Tries: 3, Running: partition.SlotA}, nil)
+		if err == nil {
+			err = a.disk().GiveUp(partition.SlotB, 3)
+		}
+		if err == nil {
+			err = a.u.Settle()
+		}
+		if s := a.u.Status(); err != nil || len(s.Failed) != 1 || !strings.HasPrefix(s.Failed[0].Reason, want) {
+			t.Errorf("%+v, %v; want %q", s.Failed, err, want)
 		}
 	}
 }

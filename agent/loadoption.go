@@ -134,11 +134,10 @@ func parseLoadOption(b []byte) (o loadOption, err error) {
 	return o, nil
 }
 
-// starts says whether the option is for this file of this partition, however its name is
-// written and wherever the partition lies.
-func (o loadOption) starts(p partition.Partition, path string) bool {
+// on says whether the option is for a file of this partition, wherever that lies.
+func (o loadOption) on(p partition.Partition) bool {
 	id, err := uuid.Parse(p.GUID)
-	return err == nil && o.Drive.GUID == sigdb.FromUUID(id) && strings.EqualFold(espPath(o.File), path)
+	return err == nil && o.Drive.GUID == sigdb.FromUUID(id)
 }
 
 // espPath is a file of the ESP as package partition names it.

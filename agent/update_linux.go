@@ -92,6 +92,9 @@ func (s *system) newUpdater() (*Updater, error) {
 			}
 			return d.disk, d.dev, nil
 		},
+		Refused: func(disk *partition.Disk, e partition.Entry) error {
+			return (&LoaderKeeper{Log: s.log, Vars: efivarfs{efivarsPath}, Disk: disk, Now: time.Now}).Refused(e)
+		},
 	}
 	if s.custody == nil {
 		s.custody = s.newCustody()

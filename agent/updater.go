@@ -62,6 +62,9 @@ type Updater struct {
 	// SlotKey, when set, reads the key of the box's encrypted slots, which is wiped after
 	// use; nil is none.
 	SlotKey func() ([]byte, error)
+	// Refused, when set, says why the firmware does not start the kernel image of a boot
+	// entry, nil when nothing speaks against it.
+	Refused func(*partition.Disk, partition.Entry) error
 	// Hold, when set, says why none may be installed now; it is asked each time.
 	Hold func() error
 	Now  func() time.Time
@@ -257,7 +260,7 @@ func (u *Updater) Settle() error {
 		}
 		// the caller judges
 	case i >= 0 && (entries[i].Bad() || entries[i].Damage != nil):
-		u.fellBack(p, entries[i].Damage)
+		u.fellBack(p, u.damageOf(disk, entries[i]))
 	case i >= 0:
 		u.Log.Info("a release waits for its first boot", "version", p.Version, "slot", p.Slot)
 	default:
@@ -265,7 +268,7 @@ func (u *Updater) Settle() error {
 			u.Log.Info("the last installation was cut off", "version", p.Version, "slot", p.Slot)
 			u.state(func(s *update.State) { s.Pending = nil }) // what is written of it is found by the next attempt
 		}
-		u.noteBroken(entries)
+		u.noteBroken(disk, entries)
 	}
 	return nil
 }
@@ -296,7 +299,7 @@ func wasGood(e partition.Entry) bool { return e.Counted && e.TriesLeft+e.TriesDo
 // noteBroken reports a newer release that was left with nothing pending: mostly one
 // that was good and does not boot any more (F74). Installing that again may repair it,
 // so it is not one that failed.
-func (u *Updater) noteBroken(entries []partition.Entry) {
+func (u *Updater) noteBroken(disk *partition.Disk, entries []partition.Entry) {
 	var own int64
 	for _, e := range entries {
 		if e.Slot == u.Slot {
@@ -308,26 +311,43 @@ func (u *Updater) noteBroken(entries []partition.Entry) {
 		switch {
 		case e.Slot == u.Slot || !e.Bad() || e.Sequence < own || slices.Contains(s.FailedHashes(), e.RootHash):
 		case !wasGood(e):
-			u.fellBack(&update.Pending{Version: e.Version, RootHash: e.RootHash}, e.Damage)
+			u.fellBack(&update.Pending{Version: e.Version, RootHash: e.RootHash}, u.damageOf(disk, e))
 		default:
-			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot)
+			reason := "it was good and does not boot any more: its slot may be damaged"
+			if damage := u.damageOf(disk, e); damage != nil {
+				reason = fmt.Sprintf("it was good and does not boot any more: %v", damage)
+			}
+			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot, "reason", reason)
 			u.state(func(s *update.State) {
-				logOnce(s, update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack,
-					Reason: "it was good and does not boot any more: its slot may be damaged"})
+				logOnce(s, update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack, Reason: reason})
 			})
 		}
 	}
 }
 
+// damageOf is what is known to be wrong with a release that was left.
+func (u *Updater) damageOf(disk *partition.Disk, e partition.Entry) error {
+	if e.Damage != nil {
+		return fmt.Errorf("its boot entry is damaged: %w", e.Damage)
+	}
+	if u.Refused == nil {
+		return nil
+	}
+	if err := u.Refused(disk, e); err != nil {
+		return fmt.Errorf("the firmware refuses its kernel image: %w", err)
+	}
+	return nil
+}
+
 // silent is the reason when a release left none.
 const silent = "none of its boots came so far as to say why: a panic, the watchdog, power lost, or the TPM did not open the data"
 
-// fellBack notes that p was left. damage is of its boot entry.
+// fellBack notes that p was left. damage is what is known to be wrong with it.
 func (u *Updater) fellBack(p *update.Pending, damage error) {
 	reason := p.Reason
 	switch {
 	case reason == "" && damage != nil:
-		reason = fmt.Sprintf("its boot entry is damaged: %v", damage)
+		reason = damage.Error()
 	case reason == "":
 		reason = silent
 	}

@@ -268,6 +268,9 @@ func (f *provisioned) provision(t *testing.T, p *product, dir string, o hwtest.O
 	m.Expect(`holdfast [\d.]+: provisioned`, bootTime)
 	m.Expect(readyPattern, bootTime)
 	store(t, m, "first", "kept")
+	if l := waitLoader(t, m); l == nil || l.NoEntry != "" || len(l.ReleaseEntries) != 1 {
+		t.Fatalf("status of the boot loader %+v", l)
+	}
 	m.PowerButton(bootTime)
 	f.console = m.Console()
 	// The test's folder goes with the test; the box moves out of it.

@@ -88,8 +88,9 @@ func signedBy(t *testing.T, k *keys.Keys, b []byte) []byte {
 // refusedPattern is what systemd-boot and OVMF say of a program that Secure Boot refuses.
 const refusedPattern = `(?i)access denied|security violation`
 
-// TestForeignKernelImages: kernel images that the vendor did not sign, planted on the boot
-// partition as an update, are refused by the firmware, and the box comes back by itself.
+// TestForeignKernelImages: whatever the boot loader insists on, and how many tries that
+// has, a kernel image that the firmware refuses leaves a box that comes back by itself on
+// the good slot, with its volumes open, and says what it was.
 func TestForeignKernelImages(t *testing.T) {
 	t.Parallel()
 	next := buildRelease(t, t.TempDir(), theProduct(t).keys, "2.6.0", nil)
@@ -97,26 +98,55 @@ func TestForeignKernelImages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, ukiOf := range map[string]func([]byte) []byte{
-		"Unsigned":           func(b []byte) []byte { return unsignedPE(t, b) },
-		"SignedByAnotherKey": func(b []byte) []byte { return signedBy(t, stranger, b) },
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			m, _ := aBox(t, true)
-			plant(t, m.Disk, next, partition.SlotB, 1, ukiOf)
-			m.PowerOn()
-			m.Expect(refusedPattern, bootTime)
-			m.Expect(tpmPattern, bootTime)
-			m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
-			wantRecord(t, m, "first", "kept")
-			if strings.Contains(m.Console(), "version=2.6.0 slot=b") {
-				t.Error("the planted release was started")
-			}
-			if e := entry(t, m.Disk, partition.SlotB); !e.Bad() {
-				t.Errorf("the planted release has tries left: %+v", e)
-			}
-		})
+	t.Run("UnsignedOnTrial", func(t *testing.T) {
+		t.Parallel()
+		m, _ := aBox(t, true)
+		plant(t, m.Disk, next, partition.SlotB, 3, func(b []byte) []byte { return unsignedPE(t, b) })
+		m.PowerOn()
+		wantRefusedKernel(t, m, "the firmware refuses its kernel image: not signed")
+		if s := updateStatus(t, m); len(s.Failed) != 1 || s.Failed[0].Version != "2.6.0" {
+			t.Errorf("failed releases %+v", s.Failed)
+		}
+	})
+	t.Run("ForeignInAGoodSlot", func(t *testing.T) {
+		t.Parallel()
+		m, _ := aBox(t, true)
+		plant(t, m.Disk, next, partition.SlotB, 0, nil)
+		m.PowerOn()
+		m.Expect(`boot confirmed slot=b version=2.6.0`, bootTime)
+		m.Expect(`the firmware's boot entries are made`, bootTime)
+		m.PowerButton(bootTime)
+		e := entry(t, m.Disk, partition.SlotB)
+		if !e.Good() {
+			t.Fatalf("the confirmed slot is not good: %+v", e)
+		}
+		d, _ := openDisk(t, m.Disk)
+		replaceOnESP(t, d, e.UKI, func(b []byte) []byte { return signedBy(t, stranger, b) })
+		m.PowerOn()
+		wantRefusedKernel(t, m, "it was good and does not boot any more: the firmware refuses its kernel image")
+	})
+}
+
+// wantRefusedKernel is the start of a box whose release 2.6.0 in slot b the firmware does
+// not start, by either boot loader.
+func wantRefusedKernel(t *testing.T, m *hwtest.Machine, reason string) {
+	t.Helper()
+	for range 2 {
+		m.Expect(refusedPattern, bootTime)
+	}
+	m.Expect(`restarting without a release that the firmware refuses version=2.6.0 slot=b`, bootTime)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`ready name=probe version=1.0.0 slot=a`, bootTime)
+	wantRecord(t, m, "first", "kept")
+	s := updateStatus(t, m)
+	if n := len(s.Journal); n == 0 || !strings.Contains(s.Journal[n-1].Reason, reason) {
+		t.Errorf("journal %+v; want %q", s.Journal, reason)
+	}
+	if e := entry(t, m.Disk, partition.SlotB); !e.Bad() {
+		t.Errorf("the refused release has tries left: %+v", e)
+	}
+	if l := waitLoader(t, m); l == nil || l.Started != "EFI/BOOT/BOOTX64.EFI" || len(l.ReleaseEntries) != 1 {
+		t.Errorf("status of the boot loader %+v", l)
 	}
 }
 
@@ -171,18 +201,33 @@ func TestForeignLoader(t *testing.T) {
 		replaceOnESP(t, d, path, foreign)
 	}
 	m.PowerOn()
-	expectRefused(t, m, refusedPattern)
+	m.Expect(tpmPattern, bootTime) // the firmware starts the release
+	m.Expect(readyPattern, bootTime)
+	wantRecord(t, m, "first", "kept")
+	if direct := eventLog(t, m).Replay(); direct[7] != usual.Replay()[7] {
+		t.Errorf("PCR 7 is %x without a boot loader, and %x with it", direct[7], usual.Replay()[7])
+	}
+	if l := waitLoader(t, m); l == nil || !strings.Contains(l.Problem, "install a release, which brings its own") {
+		t.Errorf("status of the boot loader %+v", l)
+	}
 }
 
-// wantRepaired is a box that started from one copy of the boot loader and put back the other.
-func wantRepaired(t *testing.T, m *hwtest.Machine, damaged, started string) {
+// waitLoader is the status of the boot loaders, once a boot has come so far; nil if it never does.
+func waitLoader(t *testing.T, m *hwtest.Machine) *agent.LoaderStatus {
 	t.Helper()
 	s := statusOf(t, m)
 	for end := time.Now().Add(bootTime); s.BootLoader == nil && time.Now().Before(end); s = statusOf(t, m) {
 		time.Sleep(time.Second)
 	}
+	return s.BootLoader
+}
+
+// wantRepaired is a box that started from one copy of the boot loader and put back the other.
+func wantRepaired(t *testing.T, m *hwtest.Machine, damaged, started string) {
+	t.Helper()
+	l := waitLoader(t, m)
 	want := "the boot loader " + damaged + " was put back from " + started
-	if l := s.BootLoader; l == nil || !strings.HasPrefix(l.Repaired, want) || l.Started != started || l.Entry == "" || l.Problem != "" {
+	if l == nil || !strings.HasPrefix(l.Repaired, want) || l.Started != started || l.Entry == "" || l.Problem != "" {
 		t.Errorf("status of the boot loader %+v, want %q", l, want)
 	}
 	if n := strings.Count(m.Console(), "boot loader repaired copy="+damaged+" from="+started); n != 1 {
@@ -225,7 +270,7 @@ func foreignLoaderStrict(t *testing.T) {
 	m.Expect(refusedPattern, bootTime)
 	m.Expect(`the TPM does not open the data volumes`, bootTime)
 	m.Expect(`boot loader repaired copy=EFI/BOOT/BOOTX64.EFI from=EFI/systemd/systemd-bootx64.efi`, bootTime)
-	m.Expect(`restarting with both boot loaders`, bootTime)
+	m.Expect(`restarting, as the firmware had tried another program before`, bootTime)
 	m.Expect(tpmPattern, bootTime)
 	m.Expect(readyPattern, bootTime)
 	wantRecord(t, m, "first", "kept")
@@ -235,6 +280,41 @@ func foreignLoaderStrict(t *testing.T) {
 	}
 	if strings.Contains(m.Console(), "recovery key (or") {
 		t.Error("somebody was asked for the recovery key")
+	}
+}
+
+// foreignKernelStrict is that of a release that the firmware refuses: what it has tried
+// before it starts the good one is in PCR 4, and a restart has the volumes open.
+func foreignKernelStrict(t *testing.T) {
+	p := theProduct(t)
+	strict := func(s *spec.Spec) { s.Seal.Policy = "strict" }
+	first, next := buildRelease(t, t.TempDir(), p.keys, "1.0.2", strict), buildRelease(t, t.TempDir(), p.keys, "2.6.2", strict)
+	m := hwtest.New(t, first.disk(), hwtest.Options{Forward: []int{80}, SecureBoot: p.firmwareKeys(t)})
+	m.PowerOn()
+	m.Expect(recoveryPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "kept")
+	waitLoader(t, m)
+	m.PowerButton(bootTime)
+	for tries, restart := range map[int]string{
+		1: `restarting, as the firmware had tried another program before`,
+		3: `restarting without a release that the firmware refuses version=2.6.2 slot=b`,
+	} {
+		plant(t, m.Disk, next, partition.SlotB, tries, func(b []byte) []byte { return unsignedPE(t, b) })
+		m.PowerOn()
+		m.Expect(refusedPattern, bootTime)
+		m.Expect(restart, bootTime)
+		m.Expect(tpmPattern, bootTime)
+		m.Expect(`ready name=probe version=1.0.2 slot=a`, bootTime)
+		wantRecord(t, m, "first", "kept")
+		if e := entry(t, m.Disk, partition.SlotB); !e.Bad() {
+			t.Errorf("the refused release has tries left: %+v", e)
+		}
+		waitLoader(t, m)
+		m.PowerButton(bootTime)
+		if n := strings.Count(m.Console(), "Restarting system"); n != 1 || strings.Contains(m.Console(), "recovery key (or") {
+			t.Errorf("%d tries: %d restarts, or somebody was asked for the recovery key", tries, n)
+		}
 	}
 }
 

@@ -320,6 +320,20 @@ func TestPowerCutBlessAndArm(t *testing.T) {
 	if err := check(5)(armed); err != nil {
 		t.Errorf("armed: %v", err)
 	}
+	// A good entry that is given up is either chosen as before, or behind the other slot's.
+	gone := eachState(t, 6, good, onDisk(func(d *partition.Disk) error { return d.GiveUp(partition.SlotB, 5) }), func(cut *partition.Memory) error {
+		d, err := partition.Open(cut)
+		if err != nil {
+			return err
+		}
+		if c := loaderChoice(t, d); c.left != -1 {
+			return fmt.Errorf("the loader chooses %+v", c)
+		}
+		return intact(cut, map[partition.Slot][]int{partition.SlotA: {1}, partition.SlotB: {2}})
+	})
+	if d, err := partition.Open(gone); err != nil || loaderChoice(t, d).slot != partition.SlotA {
+		t.Errorf("given up, slot %s is chosen; %v", loaderChoice(t, d).slot, err)
+	}
 	rec := powercut.New(good)
 	if err := onDisk(func(d *partition.Disk) error { return d.Bless(partition.SlotB) })(rec); err != nil || rec.Writes() != 0 {
 		t.Errorf("blessing a good entry: %v, %d writes", err, rec.Writes())

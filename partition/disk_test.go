@@ -413,6 +413,12 @@ func TestUpdateCycle(t *testing.T) {
 	if got := bootOnce(t, d); got != running {
 		t.Errorf("blessed again, slot %s boots", got)
 	}
+	if err := d.GiveUp(running, 5); err != nil {
+		t.Fatal(err)
+	}
+	if e := entries(t, d); !e[1].Bad() || e[1].TriesDone != 5 || bootOnce(t, d) != running.Other() {
+		t.Errorf("given up: %+v", e)
+	}
 	checkTools(t, dev)
 }
 
@@ -449,6 +455,9 @@ func TestRefusals(t *testing.T) {
 	for _, tries := range []int{-1, 0, 10} {
 		if err := d.Arm("a", tries); err == nil {
 			t.Errorf("arm with %d tries succeeded", tries)
+		}
+		if err := d.GiveUp("a", tries); err == nil {
+			t.Errorf("give up after %d boots succeeded", tries)
 		}
 	}
 }

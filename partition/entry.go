@@ -85,6 +85,13 @@ func (e Entry) Good() bool { return e.Damage == nil && !e.Counted }
 // Bad says that the entry's tries have run out: the loader prefers any other.
 func (e Entry) Bad() bool { return e.Counted && e.TriesLeft == 0 }
 
+// Named says whether a boot loader means this entry: the name of its file, whatever the
+// counter in it (Boot Loader Interface, LoaderEntrySelected).
+func (e Entry) Named(id string) bool {
+	o, ok := parseEntryName(id)
+	return ok && o.Slot == e.Slot && o.Sequence == e.Sequence
+}
+
 // entryName is the UAPI.1 boot counting syntax, NAME[+LEFT[-DONE]].conf.
 var entryName = regexp.MustCompile(`^holdfast-([ab])-([0-9]{12})(?:\+([0-9]{1,5})(?:-([0-9]{1,5}))?)?\.conf$`)
 
@@ -269,7 +276,7 @@ func readSmall(esp *fat32.FS, path string) ([]byte, error) {
 // atomic rename. Call it once the release that runs has proven itself. A good
 // entry stays as it is.
 func (d *Disk) Bless(slot Slot) error {
-	if err := d.setCounter(slot, 0); err != nil {
+	if err := d.setCounter(slot, false, 0, 0); err != nil {
 		return fmt.Errorf("bless slot %s: %w", slot, err)
 	}
 	return nil
@@ -283,16 +290,29 @@ func (d *Disk) Arm(slot Slot, tries int) error {
 	if tries < 1 || tries > maxTries {
 		return fmt.Errorf("arm slot %s: %d tries; use 1 to %d", slot, tries, maxTries)
 	}
-	if err := d.setCounter(slot, tries); err != nil {
+	if err := d.setCounter(slot, true, tries, 0); err != nil {
 		return fmt.Errorf("arm slot %s: %w", slot, err)
 	}
 	return nil
 }
 
-// setCounter renames the slot's newest entry; tries of 0 means none. Older ones,
-// and the same one under another counter, are removed afterwards: the loader
-// could take them for a second release (F72).
-func (d *Disk) setCounter(slot Slot, tries int) error {
+// GiveUp makes the slot's entry bad, as if 1 to 9 boots of it had failed, in one atomic
+// rename. What the firmware refuses to start would be tried for ever where it was good
+// and has no counter.
+func (d *Disk) GiveUp(slot Slot, boots int) error {
+	if boots < 1 || boots > maxTries {
+		return fmt.Errorf("give up slot %s: %d boots; use 1 to %d", slot, boots, maxTries)
+	}
+	if err := d.setCounter(slot, true, 0, boots); err != nil {
+		return fmt.Errorf("give up slot %s: %w", slot, err)
+	}
+	return nil
+}
+
+// setCounter renames the slot's newest entry. Older ones, and the same one under
+// another counter, are removed afterwards: the loader could take them for a second
+// release (F72).
+func (d *Disk) setCounter(slot Slot, counted bool, left, done int) error {
 	if !slot.Valid() {
 		return fmt.Errorf("%q is not a slot", slot)
 	}
@@ -313,7 +333,7 @@ func (d *Disk) setCounter(slot Slot, tries int) error {
 		return fmt.Errorf("boot entry %s: %w", newest.FileName, newest.Damage)
 	}
 	want := newest
-	want.Counted, want.TriesLeft, want.TriesDone = tries > 0, tries, 0
+	want.Counted, want.TriesLeft, want.TriesDone = counted, left, done
 	name := formatEntryName(want)
 	others := slices.DeleteFunc(all, func(e Entry) bool { return strings.EqualFold(e.FileName, name) })
 	if len(others) == len(all) {

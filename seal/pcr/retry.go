@@ -9,6 +9,13 @@ const (
 	returningAction = "Returning from EFI Application from Boot Option"
 )
 
+// Retried says that a boot option came back and the firmware went on with another.
+func (l Log) Retried() bool {
+	return slices.ContainsFunc(l.Of(4), func(e Event) bool {
+		return e.Type == EventEFIAction && string(e.Data) == returningAction
+	})
+}
+
 // WithoutRetry is the log of the same boot if the boot option tried right before the one
 // that started the program loader, by its Authenticode digest, had not been there: one
 // that the firmware refused, or that came back. ok is false where the log shows none.

@@ -65,6 +65,9 @@ func TestWithoutRetry(t *testing.T) {
 		if ok != (c.want != "") || ok && namesOf(got) != c.want || namesOf(c.log) != before {
 			t.Errorf("%s: %v, %q; want %q", name, ok, namesOf(got), c.want)
 		}
+		if want := strings.Contains(before, "Returning"); c.log.Retried() != want {
+			t.Errorf("%s: retried %v", name, !want)
+		}
 	}
 	// It is the boot that would have been, wherever nothing else was started.
 	got, _ := attempts(none, ours).WithoutRetry(sha256.Sum256([]byte("loader")))
