@@ -38,7 +38,7 @@ func startTPM(dir, path string) (*exec.Cmd, error) {
 	if err := start(cmd); err != nil {
 		return nil, fmt.Errorf("start swtpm (Debian package swtpm): %w", err)
 	}
-	for range 250 {
+	for range 1500 {
 		if conn, err := net.Dial("unix", path); err == nil {
 			conn.Close()
 			return cmd, nil
@@ -46,7 +46,7 @@ func startTPM(dir, path string) (*exec.Cmd, error) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	cmd.Process.Kill()
-	return nil, errors.Join(errors.New("swtpm did not open its control socket in 5 s"), cmd.Wait())
+	return nil, errors.Join(errors.New("swtpm did not open its control socket in 30 s"), cmd.Wait())
 }
 
 // ClearTPM does what a firmware's "clear TPM" does: the storage hierarchy gets a
@@ -67,7 +67,7 @@ func (b *Box) ClearTPM() (err error) {
 		cmd.Process.Kill()
 		cmd.Wait()
 	}()
-	for range 250 {
+	for range 1500 {
 		if _, err := os.Stat(socket); err == nil {
 			break
 		}
