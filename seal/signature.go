@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -35,6 +36,10 @@ type Signature struct {
 // initrd as /.extra/tpm2-pcr-signature.json. Only the SHA-256 bank's entries
 // are kept.
 type Signatures []Signature
+
+// ErrSignatureWanted is what a signer's error matches when the key is on another machine:
+// the signature was asked for, and will be there another time.
+var ErrSignatureWanted = errors.New("a signature is wanted")
 
 // SignPCRPolicy signs the policy "PCR 11 is pcr11". Sign the value at the phase
 // in which the disk is opened (enter-initrd) and no later one, else a running
@@ -77,22 +82,29 @@ func SignPCRPolicyRef(signer crypto.Signer, pcr11 pcr.Digest, ref string) (Signa
 }
 
 // SignEpochs is the content of an image's .pcrsig section: the plain signature,
-// and one for each security epoch from 1 to epoch (0: none). See [EpochRef].
+// and one for each security epoch from 1 to epoch (0: none). See [EpochRef]. It asks for
+// all of them also where some are wanted ([ErrSignatureWanted]).
 func SignEpochs(signer crypto.Signer, pcr11 pcr.Digest, epoch uint64) (Signatures, error) {
 	if epoch >= maxSignatures {
 		return nil, fmt.Errorf("sign PCR policy for %d epochs: at most %d", epoch, maxSignatures-1)
 	}
-	plain, err := SignPCRPolicy(signer, pcr11)
+	refs := []string{""}
+	for n := uint64(1); n <= epoch; n++ {
+		refs = append(refs, EpochRef(n))
+	}
+	return signRefs(signer, pcr11, refs)
+}
+
+func signRefs(signer crypto.Signer, pcr11 pcr.Digest, refs []string) (s Signatures, err error) {
+	for _, ref := range refs {
+		e, failed := SignPCRPolicyRef(signer, pcr11, ref)
+		if failed != nil && !errors.Is(failed, ErrSignatureWanted) {
+			return nil, failed
+		}
+		s, err = append(s, e), errors.Join(err, failed)
+	}
 	if err != nil {
 		return nil, err
-	}
-	s := Signatures{plain}
-	for n := uint64(1); n <= epoch; n++ {
-		e, err := SignPCRPolicyRef(signer, pcr11, EpochRef(n))
-		if err != nil {
-			return nil, err
-		}
-		s = append(s, e)
 	}
 	return s, nil
 }
@@ -101,18 +113,15 @@ func SignEpochs(signer crypto.Signer, pcr11 pcr.Digest, epoch uint64) (Signature
 // release, of epoch above, by the value its PCR 11 has in the initrd: [SignPCRPolicyRef]
 // for each. The result, marshalled, is a file of its own; it is public, and nobody has to
 // be trusted who carries it.
-func SignDowngrade(signer crypto.Signer, pcr11 pcr.Digest, above, epoch uint64) (s Signatures, err error) {
+func SignDowngrade(signer crypto.Signer, pcr11 pcr.Digest, above, epoch uint64) (Signatures, error) {
 	if epoch <= above || epoch >= maxSignatures {
 		return nil, fmt.Errorf("allow a downgrade from epoch %d: the release has epoch %d, and %d is the highest", epoch, above, maxSignatures-1)
 	}
+	var refs []string
 	for n := above + 1; n <= epoch; n++ {
-		e, err := SignPCRPolicyRef(signer, pcr11, EpochRef(n))
-		if err != nil {
-			return nil, err
-		}
-		s = append(s, e)
+		refs = append(refs, EpochRef(n))
 	}
-	return s, nil
+	return signRefs(signer, pcr11, refs)
 }
 
 // Allow says whether one of the signatures is valid, by this key, for PCR 11 with this

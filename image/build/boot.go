@@ -17,6 +17,7 @@ import (
 
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/image/initrd"
+	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/image/tree"
 	"github.com/holdfast-os/holdfast/image/uki"
 	"github.com/holdfast-os/holdfast/seal"
@@ -103,7 +104,7 @@ func (b *builder) writeUKI(k *kernel, app *image.Appliance) error {
 	for _, s := range img.Measured {
 		b.manifest.Expected.UKISections = append(b.manifest.Expected.UKISections, image.Section{Name: s.Name, SHA256: hex.EncodeToString(s.SHA256[:])})
 	}
-	signed, err := b.sign(img)
+	signed, err := b.sign(img, "kernel image")
 	if err != nil {
 		return fmt.Errorf("sign UKI: %w", err)
 	}
@@ -130,7 +131,7 @@ func (b *builder) signPolicy(measured []pcr.Measured) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	signatures, err := seal.SignEpochs(signer, value, uint64(b.sealEpoch()))
+	signatures, err := seal.SignEpochs(keys.For(signer, b.whatIsSigned("PCR 11 policy")), value, uint64(b.sealEpoch()))
 	if err != nil {
 		return nil, fmt.Errorf("sign PCR 11 policy: %w", err)
 	}
@@ -146,13 +147,18 @@ func (b *builder) sealEpoch() int64 {
 	return b.spec.Update.Epoch
 }
 
+// whatIsSigned is for requests that are carried to a key.
+func (b *builder) whatIsSigned(part string) string {
+	return fmt.Sprintf("%s of %s %s for %s", part, b.spec.Name, b.spec.Version, b.spec.Arch)
+}
+
 // sign signs an EFI program for Secure Boot with the vendor's db key.
-func (b *builder) sign(program uki.Blob) (uki.Blob, error) {
+func (b *builder) sign(program uki.Blob, part string) (uki.Blob, error) {
 	signer, err := b.in.Keys.DB.Signer()
 	if err != nil {
 		return nil, err
 	}
-	return uki.Sign(program, signer, b.in.Keys.DB.Cert)
+	return uki.Sign(program, keys.For(signer, b.whatIsSigned(part)), b.in.Keys.DB.Cert)
 }
 
 func (b *builder) expectPCR11(stub pcr.Digest) error {
@@ -192,7 +198,7 @@ func policyKey(text []byte) (*rsa.PublicKey, error) {
 
 // writeLoader signs systemd-boot.
 func (b *builder) writeLoader() error {
-	signed, err := b.sign(b.in.Loader)
+	signed, err := b.sign(b.in.Loader, "boot loader")
 	if err != nil {
 		return fmt.Errorf("sign boot loader: %w", err)
 	}

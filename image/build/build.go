@@ -13,6 +13,12 @@
 // The output appears whole or not at all: everything is written into a folder
 // beside the destination and renamed at the end.
 //
+// With keys on another machine ([keys.Carried]) Build asks for the signatures that it
+// lacks and ends with an error that [keys.Wanted] takes apart; built again with them, it
+// comes to the same digests. The kernel image's signature covers those of the policy, so
+// with both keys elsewhere the files are carried twice: first for the policy and the boot
+// loader, then for the kernel image. With one of them elsewhere, once.
+//
 // What it does not protect: the build machine. Whoever can change the inputs
 // between the check of their digests and their use, or read the vendor's keys,
 // has the vendor's power.
@@ -168,10 +174,7 @@ func (b *builder) release() error {
 	if err := b.writeRoot(root); err != nil {
 		return err
 	}
-	if err := b.writeUKI(k, appliance); err != nil {
-		return err
-	}
-	if err := b.writeLoader(); err != nil {
+	if err := b.writePrograms(k, appliance); err != nil {
 		return err
 	}
 	if err := b.checkSecureBoot(sb); err != nil {
@@ -185,4 +188,14 @@ func (b *builder) release() error {
 		return err
 	}
 	return os.WriteFile(filepath.Join(b.dir, image.ManifestName), append(text, '\n'), 0o644)
+}
+
+// writePrograms makes the UKI and the loader. Where the UKI waits for a signature, that of
+// the loader is asked for as well.
+func (b *builder) writePrograms(k *kernel, app *image.Appliance) error {
+	err := b.writeUKI(k, app)
+	if err != nil && len(keys.Wanted(err)) == 0 {
+		return err
+	}
+	return errors.Join(err, b.writeLoader())
 }

@@ -122,10 +122,10 @@ type Keys struct {
 	// EscrowRecipient is who recovery keys are encrypted to.
 	EscrowRecipient *age.X25519Recipient
 
-	policy *Program // instead of PolicyKey
+	policy crypto.Signer // instead of PolicyKey; nil when signers.json names none
 }
 
-// PolicySigner is PolicyKey or the program in its place, or an error that names the
+// PolicySigner is PolicyKey or what signs in its place, or an error that names the
 // missing file.
 func (k *Keys) PolicySigner() (crypto.Signer, error) {
 	if k.policy != nil {
@@ -258,6 +258,7 @@ func (k *Keys) Revoke(r Revocation, at time.Time) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	key = For(key, "add to dbx: "+strings.Join(all.Describe(), "; "))
 	return sigdb.Sign(DBX, all, true, key, k.KEK.Cert, at)
 }
 

@@ -46,6 +46,7 @@ func load(dir string) (*Keys, error) {
 	if err != nil {
 		return nil, err
 	}
+	signers = signers.from(dir)
 	if err := errors.Join(k.loadKeep(dir), k.loadRetired(dir)); err != nil {
 		return nil, err
 	}
@@ -161,14 +162,14 @@ func (p *Pair) load(dir, name string, signers Signers) error {
 	if err != nil {
 		return err
 	}
-	program, err := signers.program(dir, name, pub)
+	elsewhere, err := signers.signer(dir, name, pub)
 	switch {
 	case err != nil:
 		return err
-	case key != nil && program != nil:
-		return fmt.Errorf("%s.key is there and %s names a program for it; remove one of them", name, signersName)
-	case program != nil:
-		p.Key = program
+	case key != nil && elsewhere != nil:
+		return fmt.Errorf("%s.key is there and %s says that it is elsewhere; remove one of them", name, signersName)
+	case elsewhere != nil:
+		p.Key = elsewhere
 	case key == nil:
 	case !key.PublicKey.Equal(pub):
 		return fmt.Errorf("%s.key does not belong to the certificate in %s.pem", name, name)
@@ -199,12 +200,12 @@ func (k *Keys) loadPolicy(dir string, signers Signers) error {
 	if err != nil {
 		return err
 	}
-	k.policy, err = signers.program(dir, policyName, pub)
+	k.policy, err = signers.signer(dir, policyName, pub)
 	if err != nil || key == nil {
 		return err
 	}
 	if k.policy != nil {
-		return fmt.Errorf("policy.key is there and %s names a program for it; remove one of them", signersName)
+		return fmt.Errorf("policy.key is there and %s says that it is elsewhere; remove one of them", signersName)
 	}
 	if !key.PublicKey.Equal(pub) {
 		return errors.New("policy.key does not belong to the public key in policy.pem")
@@ -221,7 +222,7 @@ func (k *Keys) loadEscrow(dir string) error {
 	if k.EscrowRecipient, err = age.ParseX25519Recipient(strings.TrimSpace(string(text))); err != nil {
 		return fmt.Errorf("escrow.pub: %w", err)
 	}
-	text, err = readFile(dir, "escrow.key", true)
+	text, err = readFile(dir, escrowName, true)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}

@@ -41,8 +41,11 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 	if err != nil {
 		return nil, err
 	}
-	now := cfg.Now.UTC().Truncate(time.Second)
-	stamp, err := old.laterThanSigned(now)
+	w, err := OpenWaiting(dir, old.rotationName(), cfg.Now)
+	if err != nil {
+		return nil, err
+	}
+	stamp, err := old.laterThanSigned(w.Now)
 	if err != nil {
 		return nil, err
 	}
@@ -53,27 +56,56 @@ func rotate(dir string, cfg Config) (*Keys, error) {
 	if cfg.Signers, err = old.moveFiles(files, cfg.Signers); err != nil {
 		return nil, err
 	}
+	cfg.Signers = cfg.Signers.from(dir)
 	k := *old
 	enrol := []string{DBNext}
 	if old.DBNext.Cert != nil {
 		k.DB, enrol = old.DBNext, []string{DB, DBNext}
 		k.Retired = append(slices.Clone(old.Retired), old.DB.Cert)
 		k.DB.name = DB
-		if p, ok := k.DB.Key.(*Program); ok {
-			p.Name = DB
+		switch s := k.DB.Key.(type) {
+		case *Program:
+			s.Name = DB
+		case *Carried:
+			s.Name = DB
 		}
 	}
-	if err := k.add(files, dir, DBNext, &cfg, now); err != nil {
+	made, err := k.nextAndEnrolments(dir, enrol, &cfg, w, stamp)
+	if err != nil {
+		return nil, w.Settle(err)
+	}
+	for _, f := range made {
+		files[f.name] = f
+	}
+	if err := exchangeFolder(dir, files); err != nil {
 		return nil, err
 	}
-	for _, name := range enrol {
-		file, err := k.enrol(name, stamp)
-		if err != nil {
-			return nil, err
+	return &k, w.Settle(nil)
+}
+
+// nextAndEnrolments makes a new db-next, and signs what enrols it and db.
+func (k *Keys) nextAndEnrolments(dir string, enrol []string, cfg *Config, w *Waiting, stamp time.Time) ([]outFile, error) {
+	made, wanted := k.generatePair(dir, DBNext, cfg, w)
+	if wanted != nil {
+		if len(Wanted(wanted)) == 0 {
+			return nil, wanted
 		}
-		files[file.name] = file
+		// What enrols db does not depend on it.
+		enrol = slices.DeleteFunc(enrol, func(name string) bool { return name == DBNext })
 	}
-	return &k, exchangeFolder(dir, files)
+	auths, err := eachName(enrol, func(name string) ([]outFile, error) { return k.enrol(name, stamp) })
+	return append(made, auths...), errors.Join(wanted, err)
+}
+
+// rotationName tells one rotation from the next.
+func (k *Keys) rotationName() string {
+	sum := sha256.New()
+	for _, p := range []Pair{k.DB, k.DBNext} {
+		if p.Cert != nil {
+			sum.Write(p.Cert.Raw)
+		}
+	}
+	return fmt.Sprintf("rotation from %x", sum.Sum(nil)[:8])
 }
 
 // retiredPrefix begins the names of the files of keys that were db once.
@@ -100,17 +132,8 @@ func (k *Keys) laterThanSigned(now time.Time) (time.Time, error) {
 	return now, nil
 }
 
-// add makes a key and puts its files to the others.
-func (k *Keys) add(files map[string]outFile, dir, name string, cfg *Config, now time.Time) error {
-	made, err := k.generatePair(dir, name, cfg, now)
-	for _, f := range made {
-		files[f.name] = f
-	}
-	return err
-}
-
 // moveFiles renames db to db-retired-… and db-next to db, in the folder to be and in
-// its signers.json; next may name a program for the new db-next.
+// its signers.json; next may name a signer for the new db-next.
 func (k *Keys) moveFiles(files map[string]outFile, next Signers) (Signers, error) {
 	sum := sha256.Sum256(k.DB.Cert.Raw)
 	retired := fmt.Sprintf("%s%x", retiredPrefix, sum[:4])

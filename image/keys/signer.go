@@ -10,7 +10,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"time"
 	"unicode/utf8"
 )
@@ -20,6 +23,7 @@ const (
 	keepDBName  = "db-keep.esl"
 	keepKEKName = "KEK-keep.esl"
 	policyName  = "policy"
+	escrowName  = "escrow.key"
 )
 
 // Limits on what a signing program says.
@@ -30,15 +34,43 @@ const (
 	maxComplaint      = 2048
 )
 
-// Signers are the programs of signers.json, by the keys' names ([PK], [KEK], [DB],
-// [DBNext], "policy"):
+// Signers are the signers of signers.json, by the keys' names ([PK], [KEK], [DB],
+// [DBNext], "policy"): programs, or the folder whose files are carried to the key.
 //
-//	{"db": {"command": ["./sign-pkcs11", "01"], "timeout_sec": 60}}
-type Signers map[string]struct {
+//	{"db": {"command": ["./sign-pkcs11", "01"], "timeout_sec": 60}, "KEK": {"carried": "../to-sign"}}
+type Signers map[string]SignerConfig
+
+// SignerConfig is how one key signs.
+type SignerConfig struct {
 	// Command is run in the keys' folder; while that is being made, in the one it is in.
-	Command []string `json:"command"`
+	Command []string `json:"command,omitempty"`
 	// TimeoutSec is 60 when it is 0.
 	TimeoutSec int `json:"timeout_sec,omitempty"`
+	// Carried is a folder, from the keys' one if it is not absolute; not within that,
+	// which is replaced as a whole when keys are rotated.
+	Carried string `json:"carried,omitempty"`
+}
+
+func (c *SignerConfig) check() error {
+	switch {
+	case c.Carried != "" && (len(c.Command) > 0 || c.TimeoutSec != 0):
+		return errors.New("both a command and a folder that is carried; choose one")
+	case c.Carried != "" && filepath.IsLocal(c.Carried):
+		return fmt.Errorf("the folder that is carried, %q, would be in the one of the keys; name one beside it: %q", c.Carried, "../"+filepath.Base(c.Carried))
+	case c.Carried != "":
+		return nil
+	case len(c.Command) == 0 || c.Command[0] == "":
+		return errors.New("no command")
+	case c.TimeoutSec < 0 || c.TimeoutSec > maxSignTimeoutSec:
+		return fmt.Errorf("timeout of %d s, allowed are 0 to %d", c.TimeoutSec, maxSignTimeoutSec)
+	}
+	return nil
+}
+
+func knownName(name string) bool { return name == policyName || slices.Contains(pairNames(), name) }
+
+func noSuchKey(name string) error {
+	return fmt.Errorf("no key %q; there are %s, %s, %s, %s and %s", name, PK, KEK, DB, DBNext, policyName)
 }
 
 // ParseSigners reads signers.json.
@@ -53,13 +85,11 @@ func ParseSigners(b []byte) (Signers, error) {
 		return nil, errors.New("something follows the JSON object")
 	}
 	for name, signer := range s {
-		switch {
-		case name != PK && name != KEK && name != DB && name != DBNext && name != policyName:
-			return nil, fmt.Errorf("no key %q; there are %s, %s, %s, %s and %s", name, PK, KEK, DB, DBNext, policyName)
-		case len(signer.Command) == 0 || signer.Command[0] == "":
-			return nil, fmt.Errorf("key %s: no command", name)
-		case signer.TimeoutSec < 0 || signer.TimeoutSec > maxSignTimeoutSec:
-			return nil, fmt.Errorf("key %s: timeout of %d s, allowed are 0 to %d", name, signer.TimeoutSec, maxSignTimeoutSec)
+		if !knownName(name) {
+			return nil, noSuchKey(name)
+		}
+		if err := signer.check(); err != nil {
+			return nil, fmt.Errorf("key %s: %w", name, err)
 		}
 	}
 	return s, nil
@@ -87,14 +117,29 @@ func (s Signers) marshal() ([]byte, error) {
 	return append(b, '\n'), err
 }
 
-// program is nil when none is named for that key.
-func (s Signers) program(dir, name string, public *rsa.PublicKey) (*Program, error) {
+// from has the folders that are carried resolved: they are from the keys' folder, dir.
+func (s Signers) from(dir string) Signers {
+	s = maps.Clone(s)
+	for name, signer := range s {
+		if signer.Carried != "" && !filepath.IsAbs(signer.Carried) {
+			signer.Carried = filepath.Join(dir, signer.Carried)
+			s[name] = signer
+		}
+	}
+	return s
+}
+
+// signer is nil when none is named for that key. Programs run in dir.
+func (s Signers) signer(dir, name string, public *rsa.PublicKey) (crypto.Signer, error) {
 	signer, ok := s[name]
 	if !ok {
 		return nil, nil
 	}
 	if bits := public.N.BitLen(); bits != rsaBits {
 		return nil, fmt.Errorf("key %s has %d bits; firmware and TPMs can be relied on for %d only", name, bits, rsaBits)
+	}
+	if signer.Carried != "" {
+		return &Carried{Name: name, Folder: signer.Carried, public: public}, nil
 	}
 	p := &Program{Name: name, Command: signer.Command, Dir: dir, Timeout: signTimeout, public: public}
 	if signer.TimeoutSec > 0 {
@@ -123,8 +168,8 @@ func (p *Program) Public() crypto.PublicKey { return p.public }
 
 // Sign runs the program.
 func (p *Program) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
-	if _, pss := opts.(*rsa.PSSOptions); pss || opts.HashFunc() != crypto.SHA256 || len(digest) != crypto.SHA256.Size() {
-		return nil, fmt.Errorf("key %s: a program signs SHA-256 digests by PKCS #1 1.5, nothing else", p.Name)
+	if err := onlyPKCS1(p.Name, digest, opts); err != nil {
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), p.Timeout)
 	defer cancel()
@@ -148,6 +193,14 @@ func (p *Program) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]by
 		err = fmt.Errorf("%w; it says: %s", err, text)
 	}
 	return nil, fmt.Errorf("sign with key %s by %s: %w", p.Name, p.Command[0], err)
+}
+
+// onlyPKCS1 refuses what firmware and TPMs have no use for.
+func onlyPKCS1(name string, digest []byte, opts crypto.SignerOpts) error {
+	if _, pss := opts.(*rsa.PSSOptions); pss || opts.HashFunc() != crypto.SHA256 || len(digest) != crypto.SHA256.Size() {
+		return fmt.Errorf("key %s signs SHA-256 digests by PKCS #1 1.5, nothing else", name)
+	}
+	return nil
 }
 
 // capped keeps at most max bytes; more are an error, or dropped. The buffer is not

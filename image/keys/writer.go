@@ -49,14 +49,18 @@ func Create(dir string, cfg Config) (*Keys, error) {
 	if err := checkVacant(dir); err != nil {
 		return nil, err
 	}
-	k, files, err := generate(filepath.Dir(dir), cfg)
+	w, err := OpenWaiting(dir, "new keys", cfg.Now)
 	if err != nil {
 		return nil, fmt.Errorf("create keys: %w", err)
+	}
+	k, files, err := generate(dir, cfg, w)
+	if err != nil {
+		return nil, fmt.Errorf("create keys: %w", w.Settle(err))
 	}
 	if err := writeFolder(dir, files); err != nil {
 		return nil, fmt.Errorf("write keys to %s: %w", dir, err)
 	}
-	return k, nil
+	return k, w.Settle(nil)
 }
 
 func checkVacant(dir string) error {
@@ -87,11 +91,13 @@ func checkVacant(dir string) error {
 	return fmt.Errorf("create keys: folder %s holds %s; keys are never overwritten, as devices depend on them: choose another folder", dir, strings.Join(names, ", "))
 }
 
-// generate makes the keys and the files that hold them. Programs run in dir.
-func generate(dir string, cfg Config) (*Keys, []outFile, error) {
+// generate makes the keys and the files that hold them, for the folder dir. Programs run
+// in the one that it is in. Of signatures to be carried, it asks for as many as it can.
+func generate(dir string, cfg Config, w *Waiting) (*Keys, []outFile, error) {
 	k := &Keys{}
 	var files []outFile
-	now := cfg.Now.UTC().Truncate(time.Second)
+	named := cfg.Signers
+	cfg.Signers, dir = named.from(dir), filepath.Dir(dir)
 	k.KeepDB, k.KeepKEK = cfg.KeepDB, cfg.KeepKEK
 	for _, keep := range []struct {
 		name string
@@ -101,29 +107,42 @@ func generate(dir string, cfg Config) (*Keys, []outFile, error) {
 			files = append(files, outFile{keep.name, keep.list.Marshal(), false})
 		}
 	}
-	for _, name := range pairNames() {
-		made, err := k.generatePair(dir, name, &cfg, now)
-		if err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", name, err)
-		}
-		files = append(files, made...)
-	}
-	for _, name := range pairNames() {
-		file, err := k.enrol(name, now)
+	// The certificates first: what enrols them names their owner by PK's.
+	for _, step := range []func(string) ([]outFile, error){
+		func(name string) ([]outFile, error) { return k.generatePair(dir, name, &cfg, w) },
+		func(name string) ([]outFile, error) { return k.enrol(name, w.Now) },
+	} {
+		made, err := eachName(pairNames(), step)
 		if err != nil {
 			return nil, nil, err
 		}
-		files = append(files, file)
+		files = append(files, made...)
 	}
-	if len(cfg.Signers) > 0 {
-		text, err := cfg.Signers.marshal()
+	if len(named) > 0 {
+		text, err := named.marshal()
 		if err != nil {
 			return nil, nil, err
 		}
 		files = append(files, outFile{signersName, text, true})
 	}
-	rest, err := k.generatePolicyAndEscrow(dir, &cfg, now)
+	rest, err := k.generatePolicyAndEscrow(dir, &cfg, w.Now)
 	return k, append(files, rest...), err
+}
+
+// eachName makes the files of several keys. Signatures that are wanted do not keep it
+// from asking for the others.
+func eachName(names []string, step func(string) ([]outFile, error)) (files []outFile, err error) {
+	for _, name := range names {
+		made, failed := step(name)
+		if failed != nil {
+			err = errors.Join(err, fmt.Errorf("%s: %w", name, failed))
+			if len(Wanted(failed)) == 0 {
+				return nil, err
+			}
+		}
+		files = append(files, made...)
+	}
+	return files, err
 }
 
 // title is for the certificates' common names.
@@ -139,7 +158,7 @@ func title(name string) string {
 
 // generatePair makes a key and its certificate, or the certificate of a key that is
 // elsewhere.
-func (k *Keys) generatePair(dir, name string, cfg *Config, now time.Time) (files []outFile, err error) {
+func (k *Keys) generatePair(dir, name string, cfg *Config, w *Waiting) (files []outFile, err error) {
 	pair, err := k.pair(name)
 	if err != nil {
 		return nil, err
@@ -147,25 +166,22 @@ func (k *Keys) generatePair(dir, name string, cfg *Config, now time.Time) (files
 	*pair = Pair{name: name}
 	given, ok := cfg.Public[name]
 	if !ok {
-		key, keyPEM, err := generateRSA()
+		key, keyPEM, err := w.key(name)
 		if err != nil {
 			return nil, err
 		}
 		pair.Key, files = key, append(files, outFile{name + ".key", keyPEM, true})
 	} else {
-		program, err := cfg.Signers.program(dir, name, given.Key)
-		if err != nil {
+		if pair.Key, err = cfg.Signers.signer(dir, name, given.Key); err != nil {
 			return nil, err
-		}
-		if program != nil {
-			pair.Key = program
 		}
 		pair.Cert = given.Cert
 	}
 	if pair.Cert == nil {
 		key, err := pair.Signer()
 		if err == nil {
-			pair.Cert, err = selfSign(key, cfg.Organization, title(name), now)
+			key = For(key, fmt.Sprintf("the certificate of the %s %s, %s", title(name), name, cfg.Organization))
+			pair.Cert, err = selfSign(key, cfg.Organization, title(name), w.Now)
 		}
 		if err != nil {
 			return nil, err
@@ -175,22 +191,27 @@ func (k *Keys) generatePair(dir, name string, cfg *Config, now time.Time) (files
 }
 
 // enrol signs the .auth file of a key.
-func (k *Keys) enrol(name string, now time.Time) (outFile, error) {
+func (k *Keys) enrol(name string, now time.Time) ([]outFile, error) {
 	content, err := k.content(name)
 	if err != nil {
-		return outFile{}, err
+		return nil, err
 	}
 	variable, appends, signer := k.authOf(name)
 	key, err := signer.Signer()
 	if err != nil {
-		return outFile{}, err
+		return nil, err
 	}
 	pair, err := k.pair(name)
 	if err != nil {
-		return outFile{}, err
+		return nil, err
 	}
+	verb := "replace"
+	if appends {
+		verb = "add to"
+	}
+	key = For(key, fmt.Sprintf("%s %s: %s", verb, variable, strings.Join(content.Describe(), "; ")))
 	pair.Auth, err = sigdb.Sign(variable, content, appends, key, signer.Cert, now)
-	return outFile{name + ".auth", pair.Auth, false}, err
+	return []outFile{{name + ".auth", pair.Auth, false}}, err
 }
 
 func (k *Keys) generatePolicyAndEscrow(dir string, cfg *Config, now time.Time) (files []outFile, err error) {
@@ -202,7 +223,7 @@ func (k *Keys) generatePolicyAndEscrow(dir string, cfg *Config, now time.Time) (
 		}
 		k.PolicyKey, public = key, &key.PublicKey
 		files = append(files, outFile{"policy.key", keyPEM, true})
-	} else if k.policy, err = cfg.Signers.program(dir, policyName, public); err != nil {
+	} else if k.policy, err = cfg.Signers.signer(dir, policyName, public); err != nil {
 		return nil, err
 	}
 	if k.PolicyPublicPEM, err = publicPEM(public); err != nil {
@@ -216,7 +237,7 @@ func (k *Keys) generatePolicyAndEscrow(dir string, cfg *Config, now time.Time) (
 	identity := fmt.Sprintf("# created: %s\n# public key: %s\n%s\n", now.Format(time.RFC3339), k.EscrowRecipient, k.Escrow)
 	return append(files,
 		outFile{"policy.pem", k.PolicyPublicPEM, false},
-		outFile{"escrow.key", []byte(identity), true},
+		outFile{escrowName, []byte(identity), true},
 		outFile{"escrow.pub", []byte(k.EscrowRecipient.String() + "\n"), false},
 	), nil
 }
