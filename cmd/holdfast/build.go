@@ -51,7 +51,9 @@ func (c *cli) loadSpec(path string) (*spec.Spec, error) {
 }
 
 func runBuild(ctx context.Context, c *cli, args []string) error {
-	f := c.flags("build", "SPEC", `Make the release and the disk that SPEC describes in the folder given with -o.
+	f := c.flags("build", "SPEC", `Make the release and the disk that SPEC describes in the folder given with -o. With keys
+on another machine it ends with exit code 4 until their signatures are there, once or
+twice: holdfast keys sign -h.
 
 example: holdfast build ledger.yaml -o out`)
 	out := f.String("o", "", "output `folder`; must not exist")
@@ -102,7 +104,7 @@ example: holdfast build ledger.yaml -o out`)
 	m, err := build.Build(ctx, s, in, *out)
 	p.end()
 	if err != nil {
-		return err
+		return c.carried(err)
 	}
 	if *update {
 		if err := in.Lock.Write(filepath.Join(in.Dir, lockName)); err != nil {

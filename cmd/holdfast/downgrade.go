@@ -51,7 +51,7 @@ example: holdfast keys downgrade keys --to out-1.0.0 --epoch 2 -o downgrade.json
 	if err != nil {
 		return err
 	}
-	list, err := seal.SignDowngrade(signer, value, own, *epoch)
+	list, err := seal.SignDowngrade(keys.For(signer, fmt.Sprintf("let boxes of epoch %d go back to the release with PCR 11 %x, of epoch %d", *epoch, value, own)), value, own, *epoch)
 	if err != nil {
 		return err
 	}

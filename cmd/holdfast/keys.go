@@ -26,15 +26,17 @@ const keysUsage = `usage: holdfast keys VERB DIR [OPTIONS]
   rotate DIR             make db-next the key that signs, and a new db-next
   dbx DIR -o FILE        what no firmware is to start any more, signed for a release to carry
   downgrade DIR -o FILE  let boxes of a higher security epoch go back to one older release
+  sign FOLDER            sign, on the machine with the keys, what another asks for
 
-Keep the .key files off line; whoever has them can sign for you.
+Keep the .key files off line; whoever has them can sign for you. What waits for keys on
+another machine ends with exit code 4 and says what to do.
 
 example: holdfast keys new keys
 'holdfast keys VERB -h' tells a verb's options.
 `
 
 func runKeys(ctx context.Context, c *cli, args []string) error {
-	return noun(ctx, c, "keys", keysUsage, []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}, {"downgrade", runKeysDowngrade}}, args)
+	return c.carried(noun(ctx, c, "keys", keysUsage, []verb{{"new", runKeysNew}, {"rotate", runKeysRotate}, {"dbx", runKeysDBX}, {"downgrade", runKeysDowngrade}, {"sign", runKeysSign}}, args))
 }
 
 // keyOptions are the flags that new and rotate share.
@@ -45,7 +47,7 @@ type keyOptions struct {
 
 func (o *keyOptions) flags(f *flag.FlagSet) {
 	o.organization = f.String("organization", "Holdfast vendor", "name in the certificates")
-	o.signers = f.String("signers", "", "JSON `file` with programs that sign: {\"db\": {\"command\": [\"./sign-pkcs11\", \"01\"]}}")
+	o.signers = f.String("signers", "", "JSON `file`: {\"db\": {\"command\": [\"./sign-pkcs11\", \"01\"]}, \"KEK\": {\"carried\": \"../to-sign\"}}")
 	f.Func("public", "use a key that lies elsewhere: `NAME=FILE.pem`, its certificate or public key; repeat", into(&o.public))
 }
 
@@ -179,15 +181,25 @@ example: holdfast keys dbx keys --revoke out-1.0.0/release --with dbx-1.auth -o 
 	if r.Earlier, err = readDatabases(with); err != nil {
 		return err
 	}
-	b, err := k.Revoke(r, time.Now())
+	if err := mustBeFree(*out); err != nil {
+		return err
+	}
+	w, err := keys.OpenWaiting(*out, "keys dbx", time.Now())
 	if err != nil {
 		return err
+	}
+	b, err := k.Revoke(r, w.Now)
+	if err != nil {
+		return w.Settle(err)
 	}
 	a, err := sigdb.ParseAuth(b)
 	if err != nil {
 		return err
 	}
 	if err := writeWhole(*out, b, 0o644); err != nil {
+		return err
+	}
+	if err := w.Settle(nil); err != nil {
 		return err
 	}
 	fmt.Fprintf(c.out, "%s: %s\n", *out, strings.Join(a.Content.Describe(), "; "))

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-os/holdfast/image/keys"
 	"github.com/holdfast-os/holdfast/image/spec"
 	"github.com/holdfast-os/holdfast/seal/attest/erasure"
 	"github.com/holdfast-os/holdfast/seal/escrow"
@@ -43,7 +44,7 @@ const usage = `usage: holdfast VERB [OPTIONS] ARGUMENTS
 
   init NAME              write a commented starter spec to NAME.yaml
   keys new DIR           make the vendor's keys: Secure Boot, PCR policy, recovery escrow
-  keys VERB DIR          rotate them; dbx, downgrade: revoke releases, or let boxes go back to one
+  keys VERB DIR          rotate; sign; dbx, downgrade: revoke releases, or let boxes go back to one
   lock SPEC              pin the images a spec names by tag to digests
   build SPEC -o OUT      make the release and the disk
   run OUT                boot it in QEMU with a TPM and firmware that remember
@@ -146,6 +147,9 @@ func (h hinted) Unwrap() error { return h.error }
 // errVerification marks what exits with exitVerify.
 var errVerification = errors.New("verification failed")
 
+// errNoKey marks requests that keys elsewhere have to answer.
+var errNoKey = errors.New("they wait for those")
+
 // report prints the error and returns the exit code.
 func (c *cli) report(err error) int {
 	var (
@@ -180,13 +184,13 @@ func (c *cli) report(err error) int {
 // exitCode tells scripts apart what they may want to act on.
 func exitCode(err error) int {
 	var waits *repo.PendingError
-	if errors.As(err, &waits) {
+	if errors.As(err, &waits) || len(keys.Wanted(err)) > 0 || errors.Is(err, errNoKey) {
 		return exitWaits
 	}
 	if errors.Is(err, erasure.ErrUnsigned) || errors.Is(err, escrow.ErrUnsigned) {
 		return exitBare
 	}
-	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder, escrow.ErrSignature} {
+	for _, untrusted := range []error{errVerification, update.ErrUntrusted, update.ErrExpired, update.ErrOlder, escrow.ErrSignature, keys.ErrBadAnswer} {
 		if errors.Is(err, untrusted) {
 			return exitVerify
 		}

@@ -115,6 +115,11 @@ func (r *Request) base() string { return r.Key + "-" + r.DigestSHA256 }
 // AnswerName is the name of the file with the signature, beside the request.
 func (r *Request) AnswerName() string { return r.base() + answerSuffix }
 
+func (r *Request) marshal() ([]byte, error) {
+	b, err := json.MarshalIndent(r, "", "  ")
+	return append(b, '\n'), err
+}
+
 func parseRequest(b []byte) (*Request, error) {
 	var r Request
 	dec := json.NewDecoder(bytes.NewReader(b))
@@ -160,7 +165,7 @@ func (c *Carried) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]by
 	if !errors.Is(err, fs.ErrNotExist) {
 		return sig, err
 	}
-	text, err := json.MarshalIndent(r, "", "  ")
+	text, err := r.marshal()
 	if err != nil {
 		return nil, err
 	}
@@ -168,7 +173,7 @@ func (c *Carried) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]by
 	if err := os.MkdirAll(c.Folder, 0o755); err != nil {
 		return nil, fmt.Errorf("ask for a signature by the key %s: %w", c.Name, err)
 	}
-	if err := replaceFile(path, append(text, '\n')); err != nil {
+	if err := replaceFile(path, text); err != nil {
 		return nil, fmt.Errorf("ask for a signature by the key %s: %w", c.Name, err)
 	}
 	return nil, &WantedError{Key: c.Name, Request: path}

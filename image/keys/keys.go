@@ -14,8 +14,43 @@
 // and Load does without every private key that is not in the folder.
 //
 // db-keep.esl and KEK-keep.esl, if there, are signature lists of others that are
-// enrolled with ours ([Config].KeepDB). signers.json, if there, names programs that
-// sign with keys which lie elsewhere, in an HSM for one; see [Program].
+// enrolled with ours ([Config].KeepDB). signers.json, if there, says how keys sign that
+// lie elsewhere: by programs, for an HSM or a signing service (see [Program]), or on
+// another machine.
+//
+// # Signing on another machine
+//
+// With {"db": {"carried": "../to-sign"}} in signers.json, what needs that key writes a
+// request into the folder to-sign beside the keys' and ends with an error that [Wanted]
+// takes apart. Carry the folder to the machine with the private keys, which [Answer]s,
+// carry it back, and do the same again: it comes to the same digests and finds the
+// signatures. It asks each time for all that it can. How often files are carried:
+//
+//	a build                  once; twice where both db and policy are elsewhere, since the
+//	                         kernel image's signature covers the policy's
+//	[Create]                 once for certificates that exist, twice for public keys
+//	[Rotate]                 once; twice for a new db-next that exists as a public key
+//	Revoke, a downgrade      once
+//
+// What else would differ from run to run, the time and keys that are made, waits in
+// OUT.waiting beside what is to be made ([Waiting]); it may hold private keys.
+//
+// A request is KEY-DIGEST.request, JSON for people too ([Request]); the answer is
+// KEY-DIGEST.sig, 256 raw bytes. Anything may make it; with OpenSSL and coreutils:
+//
+//	echo DIGEST | tr a-f A-F | basenc --base16 -d |
+//	  openssl pkeyutl -sign -inkey db.key -pkeyopt digest:sha256 -out db-DIGEST.sig
+//
+// Answers are used only when they hold: a folder that was in others' hands can keep a
+// release from being made, and no more. The other way is not as safe. A request is a
+// bare digest, and what it says it is for is only a claim: whoever can write into the
+// folder before it is signed gets what he likes signed. Who signs can check a build by
+// building the same, with the same public files, on a machine that he trusts: the same
+// requests have to come out. For the rest he can check that he expects as many requests
+// for these keys as there are.
+//
+// The folder may be emptied at any time, at the price of asking again. Requests that are
+// out of date should be, before they are signed.
 //
 // # Rotation
 //
