@@ -90,7 +90,11 @@ without this program: echo DIGEST | tr a-f A-F | basenc --base16 -d |
 		if a.Outcome == keys.NoKey {
 			left++
 		}
-		fmt.Fprintf(c.out, "%s: %s: %s\n", a.AnswerName(), a.Outcome, plain(a.For))
+		with := ""
+		if a.Outcome == keys.Signed {
+			with = " with " + a.With
+		}
+		fmt.Fprintf(c.out, "%s: %s%s: %s\n", a.AnswerName(), a.Outcome, with, plain(a.For))
 	}
 	switch {
 	case err != nil:

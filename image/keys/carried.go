@@ -251,6 +251,9 @@ func replaceFile(path string, content []byte) (err error) {
 type Answered struct {
 	Request
 	Outcome Outcome
+	// With is the key's file here, KEY.key or for a program KEY.pem, whatever the request
+	// calls it; "" for NoKey.
+	With string
 }
 
 // Outcome of a request.
@@ -292,7 +295,7 @@ func Answer(folder, dir string) (list []Answered, err error) {
 	return list, nil
 }
 
-func answer(folder, name string, signers map[string]crypto.Signer) (a Answered, err error) {
+func answer(folder, name string, signers map[string]vaultKey) (a Answered, err error) {
 	b, err := readCarried(folder, name, maxRequestBytes)
 	var r *Request
 	if err == nil {
@@ -304,27 +307,24 @@ func answer(folder, name string, signers map[string]crypto.Signer) (a Answered, 
 	if err != nil {
 		return a, fmt.Errorf("%s: %w", filepath.Join(folder, name), err)
 	}
-	a = Answered{*r, NoKey}
-	signer, ok := signers[r.PublicKeySHA256]
+	a = Answered{Request: *r, Outcome: NoKey}
+	key, ok := signers[r.PublicKeySHA256]
 	if !ok {
 		if _, err := os.Lstat(filepath.Join(folder, r.AnswerName())); err == nil {
 			a.Outcome = Present // for the machine that asks to judge
 		}
 		return a, nil
 	}
+	a.With = key.file
 	digest, err := hex.DecodeString(r.DigestSHA256)
 	if err != nil {
 		return a, err
 	}
-	public, ok := signer.Public().(*rsa.PublicKey)
-	if !ok {
-		return a, fmt.Errorf("key %s is %T, not RSA", r.Key, signer.Public())
-	}
-	if _, err := readAnswer(folder, r.AnswerName(), public, digest); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := readAnswer(folder, r.AnswerName(), key.public, digest); !errors.Is(err, fs.ErrNotExist) {
 		a.Outcome = Present
 		return a, err
 	}
-	sig, err := signer.Sign(rand.Reader, digest, crypto.SHA256)
+	sig, err := key.Sign(rand.Reader, digest, crypto.SHA256)
 	if err != nil {
 		return a, err
 	}
@@ -332,10 +332,17 @@ func answer(folder, name string, signers map[string]crypto.Signer) (a Answered, 
 	return a, replaceFile(filepath.Join(folder, r.AnswerName()), sig)
 }
 
+// vaultKey is a key that is here.
+type vaultKey struct {
+	crypto.Signer
+	public *rsa.PublicKey
+	file   string
+}
+
 // vault reads the private keys of a folder, by the fingerprints of their public keys. A
 // key may have another name here than where the request comes from, before the same
 // rotation or after it.
-func vault(dir string) (map[string]crypto.Signer, error) {
+func vault(dir string) (map[string]vaultKey, error) {
 	info, err := os.Stat(dir)
 	if err != nil {
 		return nil, err
@@ -347,10 +354,10 @@ func vault(dir string) (map[string]crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	all := map[string]crypto.Signer{}
-	add := func(s crypto.Signer, public *rsa.PublicKey) error {
-		print, err := fingerprint(public)
-		all[print] = s
+	all := map[string]vaultKey{}
+	add := func(k vaultKey) error {
+		print, err := fingerprint(k.public)
+		all[print] = k
 		return err
 	}
 	for _, e := range entries {
@@ -359,33 +366,18 @@ func vault(dir string) (map[string]crypto.Signer, error) {
 		}
 		key, err := loadRSA(dir, e.Name())
 		if err == nil && key != nil {
-			err = add(key, &key.PublicKey)
+			err = add(vaultKey{key, &key.PublicKey, e.Name()})
 		}
 		if err != nil {
 			return nil, err
 		}
 	}
-	signers, err := loadSigners(dir)
+	programs, err := vaultPrograms(dir)
 	if err != nil {
 		return nil, err
 	}
-	for name, s := range signers {
-		if len(s.Command) == 0 {
-			continue // carried on from here, by hand as well
-		}
-		text, err := readFile(dir, name+".pem", false)
-		if err != nil {
-			return nil, err
-		}
-		p, err := ParsePublic(text)
-		if err != nil {
-			return nil, fmt.Errorf("%s.pem: %w", name, err)
-		}
-		program, err := signers.signer(dir, name, p.Key)
-		if err == nil {
-			err = add(program, p.Key)
-		}
-		if err != nil {
+	for _, k := range programs {
+		if err := add(k); err != nil {
 			return nil, err
 		}
 	}
@@ -393,4 +385,33 @@ func vault(dir string) (map[string]crypto.Signer, error) {
 		return nil, errors.New("no private key is there, nor a program that signs")
 	}
 	return all, nil
+}
+
+// vaultPrograms are the programs of signers.json. What is carried on from here, is so by
+// hand as well.
+func vaultPrograms(dir string) (list []vaultKey, err error) {
+	signers, err := loadSigners(dir)
+	if err != nil {
+		return nil, err
+	}
+	for name, s := range signers {
+		if s.Carried != "" {
+			continue
+		}
+		file := name + ".pem"
+		text, err := readFile(dir, file, false)
+		if err != nil {
+			return nil, err
+		}
+		p, err := ParsePublic(text)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		program, err := signers.signer(dir, name, p.Key)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, vaultKey{program, p.Key, file})
+	}
+	return list, nil
 }

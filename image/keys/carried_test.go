@@ -61,7 +61,7 @@ func TestCarried(t *testing.T) {
 	for name, sign := range map[string]func(folder, base string){
 		"holdfast": func(folder, base string) {
 			list, err := Answer(folder, vault)
-			if err != nil || len(list) != 1 || list[0].Outcome != Signed || list[0].For != "a test of this" || list[0].AnswerName() != base+".sig" {
+			if err != nil || len(list) != 1 || list[0].Outcome != Signed || list[0].With != "db.key" || list[0].For != "a test of this" || list[0].AnswerName() != base+".sig" {
 				t.Errorf("Answer: %+v, %v", list, err)
 			}
 			if list, err = Answer(folder, vault); err != nil || list[0].Outcome != Present {

@@ -22,14 +22,14 @@
 //
 // With {"db": {"carried": "../to-sign"}} in signers.json, what needs that key writes a
 // request into the folder to-sign beside the keys' and ends with an error that [Wanted]
-// takes apart. Carry the folder to the machine with the private keys, which [Answer]s,
+// takes apart. Carry the folder to the machine with the private keys, where [Answer] signs,
 // carry it back, and do the same again: it comes to the same digests and finds the
 // signatures. It asks each time for all that it can. How often files are carried:
 //
 //	a build                  once; twice where both db and policy are elsewhere, since the
 //	                         kernel image's signature covers the policy's
-//	[Create]                 once for certificates that exist, twice for public keys
-//	[Rotate]                 once; twice for a new db-next that exists as a public key
+//	Create                   once for certificates that exist, twice for public keys
+//	Rotate                   once; twice for a new db-next that exists as a public key
 //	Revoke, a downgrade      once
 //
 // What else would differ from run to run, the time and keys that are made, waits in
