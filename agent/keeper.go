@@ -72,8 +72,10 @@ type notes struct {
 	Values map[string]map[int]string `json:"values,omitempty"`
 	// Releases are the reference values of what is in the slots, by the name of the state.
 	Releases map[string]image.Expected `json:"releases,omitempty"`
-	// PreparedIn is the boot that last sealed for a release to be written.
+	// PreparedIn is the boot that last sealed for a release to be written, and Prepared the
+	// name of its state.
 	PreparedIn string `json:"prepared_in,omitempty"`
+	Prepared   string `json:"prepared,omitempty"`
 	// PendingSince is when values were sealed of a change that has yet to happen.
 	PendingSince time.Time   `json:"pending_since,omitzero"`
 	Suspended    *suspension `json:"suspended,omitempty"`
@@ -316,13 +318,19 @@ func (k *Keeper) present(s *situation) ([]SealState, error) {
 		return nil, err
 	}
 	states := []SealState{{For: k.own(), Policy: p}}
-	if k.retried() {
+	mark := ""
+	if b, err := k.running(s.notes); err == nil && b.bare {
+		mark = loadedMark
+	} else if k.retried() {
+		mark = firstMark
+	}
+	if mark != "" {
 		next, err := k.predict(s, firmwareChange{}, nil)
 		switch {
 		case err != nil:
 			k.Log.Info("the next start, by the first boot loader, is not predicted", "reason", err)
 		case !samePolicy(p, next):
-			states = append(states, SealState{For: k.own() + firstMark, Policy: next})
+			states = append(states, SealState{For: k.own() + mark, Policy: next})
 		}
 	}
 	return append(states, k.others(s, firmwareChange{}, "")...), nil
@@ -331,18 +339,40 @@ func (k *Keeper) present(s *situation) ([]SealState, error) {
 func (k *Keeper) retried() bool { return k.Retried != nil && k.Retried() }
 
 // asNext is what the next boot is predicted from: the log and the registers of this one,
-// without an attempt to boot that will not fail again.
-func (k *Keeper) asNext(log pcr.Log, loader pcr.Digest, now map[int]pcr.Digest) (pcr.Log, map[int]pcr.Digest) {
-	if !k.retried() || log.Replay()[4] != now[4] {
-		return log, now
+// by the boot loader, and without an attempt to boot that will not fail again.
+func (k *Keeper) asNext(b seenBoot, s *situation) (pcr.Log, map[int]pcr.Digest) {
+	if b.log.Replay()[4] != s.now[4] {
+		return b.log, s.now
 	}
-	without, ok := log.WithoutRetry(loader)
-	if !ok {
-		return log, now
+	var log pcr.Log
+	switch {
+	case b.bare:
+		log, _ = s.notes.loaded(b.log, b.release)
+	case k.retried():
+		log, _ = b.log.WithoutRetry(b.release.Loader.Authenticode)
+	default:
+		return b.log, s.now
 	}
-	now = maps.Clone(now)
-	now[4] = without.Replay()[4]
-	return without, now
+	now := maps.Clone(s.now)
+	now[4] = log.Replay()[4]
+	return log, now
+}
+
+// loaded is the log of a boot in which the firmware started the kernel image itself, as it
+// would be by the release's boot loader. Of what the firmware tried before, it leaves out so
+// much that PCR 4 is what a state is sealed to (known), for some boards try more at each
+// boot; where none is, all of it.
+func (n *notes) loaded(log pcr.Log, r pcr.Release) (as pcr.Log, known bool) {
+	for ok := true; ok; log, ok = log.WithoutRetry(r.UKI.Authenticode) {
+		as, _ = log.StartedBy(r.UKI.Authenticode, r.Loader.Authenticode)
+		value := as.Replay()[4]
+		for _, values := range n.Values {
+			if pcrValues(values)[4] == value {
+				return as, true
+			}
+		}
+	}
+	return as, false
 }
 
 // others are the states of the other slot as far as they can be predicted.
@@ -354,7 +384,9 @@ func (k *Keeper) others(s *situation, c firmwareChange, mark string) (states []S
 		}
 		p, err := k.predict(s, c, func(running pcr.Release) (pcr.Release, error) {
 			next, err := releaseOf(e)
-			next.Loader = running.Loader // there is one on the disk, whatever that slot came with
+			if n != s.notes.Prepared || s.notes.PreparedIn != k.BootID {
+				next.Loader = running.Loader // there is one on the disk, whatever that slot came with
+			}
 			return next, err
 		})
 		if err != nil {
@@ -384,19 +416,23 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	if len(bound) == 0 {
 		return policyOf(s.policy, k.SecureBoot, s.bond, nil)
 	}
-	log, running, err := k.running(s.notes)
-	if err != nil && (log.Class == pcr.Empty || slices.Contains(bound, 4) || slices.Contains(bound, 11)) {
+	b, err := k.running(s.notes)
+	if err != nil && (b.log.Class == pcr.Empty || slices.Contains(bound, 4) || slices.Contains(bound, 11)) {
 		return p, err
 	}
-	change := pcr.Change{Running: running, Next: running, Variables: c.variables}
+	change := pcr.Change{Running: b.release, Next: b.release, Variables: c.variables}
 	if next != nil {
-		if change.Next, err = next(running); err != nil {
+		if change.Next, err = next(b.release); err != nil {
 			return p, err
 		}
 	}
+	if b.bare && b.release.Loader.Authenticode == (pcr.Digest{}) { // any will do, to be replaced
+		b.release.Loader.Authenticode = change.Next.Loader.Authenticode
+		change.Running = b.release
+	}
 	verify(&change.Running, c.now)
 	verify(&change.Next, c.next)
-	log, now := k.asNext(log, running.Loader.Authenticode, s.now)
+	log, now := k.asNext(b, s)
 	values, err := pcr.Predict(log, now, change).Of(bound...)
 	if err != nil {
 		return p, err
@@ -404,32 +440,61 @@ func (k *Keeper) predict(s *situation, c firmwareChange, next func(running pcr.R
 	return policyOf(s.policy, k.SecureBoot, s.bond, values)
 }
 
+// seenBoot is what a boot's log shows.
+type seenBoot struct {
+	log     pcr.Log
+	release pcr.Release
+	// bare says that the firmware started the kernel image itself. The release's boot
+	// loader is then the one that would have, if that is known.
+	bare bool
+}
+
 // running reads the log and finds what started in this boot: by what is on the disk, and
 // by what was noted of releases, because the boot loader there may be the next one's by now.
-func (k *Keeper) running(n *notes) (log pcr.Log, r pcr.Release, err error) {
+func (k *Keeper) running(n *notes) (b seenBoot, err error) {
 	raw, err := k.EventLog()
 	if err != nil {
-		return log, r, fmt.Errorf("the firmware's event log: %w", err)
+		return b, fmt.Errorf("the firmware's event log: %w", err)
 	}
-	if log, err = pcr.ParseLog(raw); err != nil {
-		return log, r, err
+	if b.log, err = pcr.ParseLog(raw); err != nil {
+		return b, err
 	}
 	onDisk, loaders, failure := k.Programs()
 	kernels := []pcr.Release{onDisk}
+	var noted []pcr.Digest // loaders
 	for name, e := range n.Releases {
-		noted, err := releaseOf(e)
-		if err != nil {
+		r, err := releaseOf(e)
+		if err != nil || r.Loader.Authenticode == (pcr.Digest{}) {
 			continue
 		}
-		loaders = append(loaders, noted.Loader.Authenticode)
+		noted = append(noted, r.Loader.Authenticode)
 		if name == k.own() {
-			kernels = append(kernels, noted)
+			kernels = append(kernels, r)
 		}
 	}
-	if r, err = runningOf(log, loaders, kernels); err != nil && failure != nil {
-		err = fmt.Errorf("%w; the programs on the disk: %w", err, failure)
+	if b.release, err = runningOf(b.log, append(loaders, noted...), kernels); err != nil {
+		if failure != nil {
+			err = fmt.Errorf("%w; the programs on the disk: %w", err, failure)
+		}
+		return b, err
 	}
-	return log, r, err
+	if b.bare = b.release.Loader.Authenticode == (pcr.Digest{}); b.bare {
+		own, _ := releaseOf(n.Releases[k.own()])
+		b.release.Loader.Authenticode = n.usualLoader(b, own.Loader.Authenticode, noted)
+	}
+	return b, nil
+}
+
+// usualLoader is the boot loader that the kernel image would have been started by: the one
+// noted of it, unless states are sealed to another one's start.
+func (n *notes) usualLoader(b seenBoot, own pcr.Digest, noted []pcr.Digest) pcr.Digest {
+	for _, d := range append([]pcr.Digest{own}, noted...) {
+		b.release.Loader.Authenticode = d
+		if _, known := n.loaded(b.log, b.release); known {
+			return d
+		}
+	}
+	return own
 }
 
 // verify fills in the certificates that are known.
@@ -629,12 +694,12 @@ func (k *Keeper) otherKeys() (list []string) {
 
 // noteOwn keeps what the log says of the release that runs, for when the other one does.
 func (k *Keeper) noteOwn(s *situation) {
-	_, r, err := k.running(s.notes)
+	b, err := k.running(s.notes)
 	if err != nil {
 		k.Log.Info("what this boot started is not known", "reason", err)
 		return
 	}
-	s.notes.Releases[k.own()] = expectedOf(r)
+	s.notes.Releases[k.own()] = expectedOf(b.release)
 }
 
 // countBoot counts a suspension down, once in a boot.
@@ -737,10 +802,10 @@ func (k *Keeper) Prepare(m image.Manifest, slot partition.Slot) error {
 		k.Log.Info("the next start is not predicted", "reason", err)
 		return nil
 	case err != nil:
-		return fmt.Errorf("release %s could not open the data volumes without the recovery key: policy %s binds it, and its first start cannot be predicted: %w",
-			m.Version, k.Policy.Policy, err)
+		return fmt.Errorf("release %s could not open the data volumes without the recovery key: policy %s binds it, and its first start cannot be predicted: %w. "+
+			"At the bench, holdfast apply writes it to the disk all the same; its first start then asks for the recovery key", m.Version, k.Policy.Policy, err)
 	}
-	s.notes.Releases[name], s.notes.PreparedIn = m.Expected, k.BootID
+	s.notes.Releases[name], s.notes.Prepared, s.notes.PreparedIn = m.Expected, name, k.BootID
 	if !slices.ContainsFunc(more, func(w SealState) bool { return !s.live(w.Policy) }) && !ofRelease(k.Policy, k.SecureBoot) {
 		return k.save(s.notes)
 	}
@@ -887,8 +952,8 @@ func (k *Keeper) changed(s *situation, c firmwareChange) ([]SealState, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, err := policyOf(s.policy, k.SecureBoot, s.bond, s.now)
-	if err != nil || samePolicy(now, p) {
+	same, err := k.predict(s, firmwareChange{}, nil)
+	if err != nil || samePolicy(same, p) {
 		return nil, err
 	}
 	return append([]SealState{{For: k.own() + pendingMark, Policy: p}}, k.others(s, c, pendingMark)...), nil

@@ -45,6 +45,8 @@ type platform struct {
 	others map[int]string
 	// refused is how many boot options are tried before the one that starts.
 	refused int
+	// direct: the last option is the kernel image itself.
+	direct bool
 	// forge leaves a record out of the log.
 	forge bool
 }
@@ -132,6 +134,9 @@ func (f *platform) boot(t testing.TB, version string) {
 	if !f.secureBoot {
 		programs = append(programs, "linux "+version)
 	}
+	if f.direct {
+		programs = programs[1:]
+	}
 	verified := map[string]bool{}
 	foreign := func(n int) {
 		if what := f.others[n]; what != "" {
@@ -154,7 +159,7 @@ func (f *platform) boot(t testing.TB, version string) {
 		}
 		d := pcr.Digest(sha256.Sum256([]byte(p)))
 		f.measure(t, 4, pcr.EventBootServicesApp, make([]byte, 32), &d)
-		if p == programs[1] {
+		if p == "uki "+version {
 			for _, m := range sectionsOf(version) {
 				f.measure(t, 11, pcr.EventIPL, append([]byte(m[0]), 0), nil)
 				f.measure(t, 11, pcr.EventIPL, []byte(m[1]), nil)
@@ -335,6 +340,9 @@ func (st *station) keeper() *Keeper {
 				return running, nil, err
 			}
 			on, err := releaseOf(valuesOf(strings.TrimPrefix(st.loaderOnDisk(), "loader ") + ".0.0"))
+			if st.fw.direct {
+				on.Loader.Authenticode = sha256.Sum256([]byte("somebody else's"))
+			}
 			return running, []pcr.Digest{on.Loader.Authenticode}, err
 		},
 		BootID: fmt.Sprint(st.boots), Now: func() time.Time { return st.now },
@@ -733,6 +741,92 @@ func TestSecondLoader(t *testing.T) {
 			st.mustSettle()
 			st.wantStates("slot a 1.0.0")
 		})
+	}
+}
+
+// TestWithoutLoader: the firmware refused both copies of the boot loader and started the
+// kernel image by its own entry. What binds PCR 4 asks for the recovery key, once: loaders
+// that come back open, and a release installed from there, with the boot loader it brings,
+// opens in its first boot, as does the old one when it falls back.
+func TestWithoutLoader(t *testing.T) {
+	for name, c := range map[string]struct {
+		policy     string
+		secureBoot bool
+		usual      int // options that come to nothing at each boot, before the disk
+	}{
+		"strict":                     {seal.PolicyStrict, true, 0},
+		"strict, network first":      {seal.PolicyStrict, true, 2},
+		"strict, Secure Boot off":    {seal.PolicyStrict, false, 0},
+		"standard, Secure Boot off":  {seal.PolicyStandard, false, 0},
+		"standard":                   {seal.PolicyStandard, true, 0},
+		"rollback-proof, no Sec. B.": {seal.PolicyRollbackProof, false, 1},
+	} {
+		for _, next := range []string{"1.1.0", "2.0.0"} { // the second has another boot loader
+			t.Run(name+", "+next, func(t *testing.T) {
+				st := newStation(t, image.SealPolicy{Policy: c.policy, Epoch: 1}, c.secureBoot, next, "2.1.0")
+				key, bound := st.s.recoveryKey(), ofRelease(st.policy, c.secureBoot)
+				usually := func() { st.fw.direct, st.fw.refused = false, c.usual }
+				bare := func() { st.fw.direct, st.fw.refused = true, c.usual+2 }
+				typed := func() {
+					t.Helper()
+					if bound {
+						st.start(key+"\n", "recovery")
+					} else {
+						st.start("", "tpm")
+					}
+				}
+				usually()
+				if c.usual > 0 {
+					st.start(key+"\n", "recovery")
+				}
+				st.mustSettle()
+				st.start("", "tpm")
+				before := st.mustSettle()
+				if before.Changed() {
+					t.Fatalf("a usual boot: %+v", before)
+				}
+
+				bare()
+				typed()
+				if r := st.mustSettle(); bound != (r.Repaired != "") || len(r.Problems) > 0 || len(r.Dropped) > 0 {
+					t.Errorf("settled: %+v", r)
+				}
+				if bound {
+					st.wantStates("slot a 1.0.0, by the boot loader", "slot a 1.0.0")
+				}
+				st.start("", "tpm")
+				if r := st.mustSettle(); r.Changed() {
+					t.Errorf("settled again: %+v", r)
+				}
+				usually()
+				st.start("", "tpm")
+				st.mustSettle()
+				st.wantStates("slot a 1.0.0")
+
+				bare()
+				typed()
+				st.apply(next)
+				st.mustSettle() // the volumes were opened before that was done
+				st.mustSettle()
+				usually()
+				for range updateTries {
+					st.start("", "tpm")
+					if st.version != next || st.fw.loader != "loader "+next[:1] {
+						t.Fatalf("%s boots by %s", st.version, st.fw.loader)
+					}
+				}
+				st.start("", "tpm")
+				if st.version != "1.0.0" || st.fw.loader != "loader "+next[:1] {
+					t.Fatalf("%s boots by %s", st.version, st.fw.loader)
+				}
+				st.mustSettle()
+				st.wantStates("slot a 1.0.0")
+				st.apply("2.1.0")
+				st.start("", "tpm")
+				st.good()
+				st.start("", "tpm")
+			})
+		}
 	}
 }
 

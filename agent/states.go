@@ -28,6 +28,9 @@ const (
 	// firstMark follows the name of the slot that runs when it was started by the second
 	// copy of the boot loader, after the firmware had refused the first.
 	firstMark = ", first loader again"
+	// loadedMark follows the name of the slot that runs when the firmware started its kernel
+	// image itself, after it had refused the boot loader.
+	loadedMark = ", by the boot loader"
 )
 
 // slotName is the state in which a slot boots its release.
@@ -137,8 +140,9 @@ func expectedOf(r pcr.Release) image.Expected {
 }
 
 // runningOf is what started in the present boot: the last of the kernel images in its log
-// that may be the one that runs, and the last of the boot loaders before that. Every other
-// program is somebody else's, wherever it stands.
+// that may be the one that runs, and the last of the boot loaders before that in the same
+// boot option; none where the firmware started the kernel image itself. Every other program
+// is somebody else's, wherever it stands.
 func runningOf(log pcr.Log, loaders []pcr.Digest, kernels []pcr.Release) (r pcr.Release, err error) {
 	var apps []pcr.Digest
 	for _, e := range log.Of(4) {
@@ -146,20 +150,19 @@ func runningOf(log pcr.Log, loaders []pcr.Digest, kernels []pcr.Release) (r pcr.
 			apps = append(apps, d)
 		}
 	}
-	found := false
-	for i := len(apps) - 1; i >= 0 && !found; i-- {
-		k := slices.IndexFunc(kernels, func(k pcr.Release) bool { return k.UKI.Authenticode == apps[i] })
-		if k < 0 {
-			continue
-		}
-		for j := i - 1; j >= 0 && !found; j-- {
-			if found = slices.Contains(loaders, apps[j]); found {
-				r = kernels[k]
-				r.Loader.Authenticode = apps[j]
-			}
+	var led []pcr.Digest
+	for i := len(apps) - 1; i >= 0 && led == nil; i-- {
+		if k := slices.IndexFunc(kernels, func(k pcr.Release) bool { return k.UKI.Authenticode == apps[i] }); k >= 0 {
+			r, led = kernels[k], log.LedTo(apps[i])
 		}
 	}
-	if !found {
+	r.Loader = pcr.Program{}
+	for _, d := range led {
+		if slices.Contains(loaders, d) {
+			r.Loader.Authenticode = d
+		}
+	}
+	if len(led) == 0 || r.Loader == (pcr.Program{}) && len(led) > 1 {
 		var list []string
 		for _, d := range apps {
 			list = append(list, fmt.Sprintf("%x…", d[:4]))
@@ -168,6 +171,9 @@ func runningOf(log pcr.Log, loaders []pcr.Digest, kernels []pcr.Release) (r pcr.
 			orNone(strings.Join(list, ", ")))
 	}
 	r.Loader.Certificate, r.UKI.Certificate = verifiersOf(log, r)
+	if r.Loader.Authenticode == (pcr.Digest{}) {
+		r.Loader.Certificate = r.UKI.Certificate // one signs both
+	}
 	if r.PCR11 == (pcr.Digest{}) {
 		r.PCR11 = log.Replay()[phasePCR] // by the stub, and by nobody else before the initrd
 	}
