@@ -63,9 +63,15 @@
 // asks for anything, and restarts once, into a boot that has the registers that were
 // sealed to ([Machine.Mend]). So it does, once until a boot is good, after anything else
 // that came back before. Where it cannot, and somebody types the recovery key,
-// [Keeper.Settle] seals to the boot with both copies, too; to one without any boot loader it
-// does not. A board that stops at a message about the refusal needs a person at its
-// keyboard all the same.
+// [Keeper.Settle] seals to the boot with both copies, too. A board that stops at a message
+// about the refusal needs a person at its keyboard all the same.
+//
+// A boot without any boot loader asks for that key too, once. The next one is predicted as
+// it would be by the loader that is noted of the release, which keeps the usual state, or
+// by the one that comes with a release to be installed, and without what the firmware tried
+// before: all of it, unless the values sealed to show that some is tried at each boot. If
+// another program stands between the firmware and the kernel image, there is no telling; an
+// installation is refused then, and says that holdfast apply makes it at the bench.
 //
 // # The firmware's keys
 //

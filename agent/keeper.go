@@ -328,7 +328,7 @@ func (k *Keeper) present(s *situation) ([]SealState, error) {
 		next, err := k.predict(s, firmwareChange{}, nil)
 		switch {
 		case err != nil:
-			k.Log.Info("the next start, by the first boot loader, is not predicted", "reason", err)
+			k.Log.Info("the next start, by the boot loader, is not predicted", "reason", err)
 		case !samePolicy(p, next):
 			states = append(states, SealState{For: k.own() + mark, Policy: next})
 		}

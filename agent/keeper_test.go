@@ -571,6 +571,9 @@ func TestAnotherLoader(t *testing.T) {
 			st.mustSettle()
 			st.apply("2.0.0")
 			st.wantStates("slot a 1.0.0", "slot b 2.0.0", "slot a 1.0.0, next loader")
+			if r := st.mustSettle(); r.Changed() { // as a reseal does
+				t.Errorf("settled after the installation: %+v", r)
+			}
 			for range updateTries {
 				st.start("", "tpm")
 				if st.version != "2.0.0" {
@@ -752,81 +755,118 @@ func TestWithoutLoader(t *testing.T) {
 	for name, c := range map[string]struct {
 		policy     string
 		secureBoot bool
-		usual      int // options that come to nothing at each boot, before the disk
+		usual      int    // options that come to nothing at each boot, before the disk
+		next       string // that of major version 2 has another boot loader
 	}{
-		"strict":                     {seal.PolicyStrict, true, 0},
-		"strict, network first":      {seal.PolicyStrict, true, 2},
-		"strict, Secure Boot off":    {seal.PolicyStrict, false, 0},
-		"standard, Secure Boot off":  {seal.PolicyStandard, false, 0},
-		"standard":                   {seal.PolicyStandard, true, 0},
-		"rollback-proof, no Sec. B.": {seal.PolicyRollbackProof, false, 1},
+		"strict":                          {seal.PolicyStrict, true, 0, "1.1.0"},
+		"strict, network first":           {seal.PolicyStrict, true, 2, "2.0.0"},
+		"standard":                        {seal.PolicyStandard, true, 0, "1.1.0"},
+		"standard, Secure Boot off":       {seal.PolicyStandard, false, 0, "2.0.0"},
+		"rollback-proof, Secure Boot off": {seal.PolicyRollbackProof, false, 1, "1.1.0"},
 	} {
-		for _, next := range []string{"1.1.0", "2.0.0"} { // the second has another boot loader
-			t.Run(name+", "+next, func(t *testing.T) {
-				st := newStation(t, image.SealPolicy{Policy: c.policy, Epoch: 1}, c.secureBoot, next, "2.1.0")
-				key, bound := st.s.recoveryKey(), ofRelease(st.policy, c.secureBoot)
-				usually := func() { st.fw.direct, st.fw.refused = false, c.usual }
-				bare := func() { st.fw.direct, st.fw.refused = true, c.usual+2 }
-				typed := func() {
-					t.Helper()
-					if bound {
-						st.start(key+"\n", "recovery")
-					} else {
-						st.start("", "tpm")
-					}
-				}
-				usually()
-				if c.usual > 0 {
-					st.start(key+"\n", "recovery")
-				}
-				st.mustSettle()
-				st.start("", "tpm")
-				before := st.mustSettle()
-				if before.Changed() {
-					t.Fatalf("a usual boot: %+v", before)
-				}
-
-				bare()
-				typed()
-				if r := st.mustSettle(); bound != (r.Repaired != "") || len(r.Problems) > 0 || len(r.Dropped) > 0 {
-					t.Errorf("settled: %+v", r)
-				}
+		t.Run(name, func(t *testing.T) {
+			st := newStation(t, image.SealPolicy{Policy: c.policy, Epoch: 1}, c.secureBoot, c.next, "2.1.0")
+			key, bound := st.s.recoveryKey(), ofRelease(st.policy, c.secureBoot)
+			usually := func() { st.fw.direct, st.fw.refused = false, c.usual }
+			bare := func() {
+				t.Helper()
+				st.fw.direct, st.fw.refused = true, c.usual+2
 				if bound {
-					st.wantStates("slot a 1.0.0, by the boot loader", "slot a 1.0.0")
-				}
-				st.start("", "tpm")
-				if r := st.mustSettle(); r.Changed() {
-					t.Errorf("settled again: %+v", r)
-				}
-				usually()
-				st.start("", "tpm")
-				st.mustSettle()
-				st.wantStates("slot a 1.0.0")
-
-				bare()
-				typed()
-				st.apply(next)
-				st.mustSettle() // the volumes were opened before that was done
-				st.mustSettle()
-				usually()
-				for range updateTries {
+					st.start(key+"\n", "recovery")
+				} else {
 					st.start("", "tpm")
-					if st.version != next || st.fw.loader != "loader "+next[:1] {
-						t.Fatalf("%s boots by %s", st.version, st.fw.loader)
-					}
 				}
+			}
+			usually()
+			if c.usual > 0 {
+				st.start(key+"\n", "recovery")
+			}
+			st.mustSettle()
+
+			bare()
+			if r := st.mustSettle(); bound != (r.Repaired != "") || len(r.Problems) > 0 || len(r.Dropped) > 0 {
+				t.Errorf("settled: %+v", r)
+			}
+			if bound {
+				st.wantStates("slot a 1.0.0, by the boot loader", "slot a 1.0.0")
+			}
+			st.start("", "tpm")
+			if r := st.mustSettle(); r.Changed() {
+				t.Errorf("settled again: %+v", r)
+			}
+			usually()
+			st.start("", "tpm")
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+
+			bare()
+			st.apply(c.next)
+			st.mustSettle() // it waits for the appliance, and an update does not
+			usually()
+			for range updateTries {
 				st.start("", "tpm")
-				if st.version != "1.0.0" || st.fw.loader != "loader "+next[:1] {
+				if st.version != c.next || st.fw.loader != "loader "+c.next[:1] {
 					t.Fatalf("%s boots by %s", st.version, st.fw.loader)
 				}
-				st.mustSettle()
-				st.wantStates("slot a 1.0.0")
-				st.apply("2.1.0")
-				st.start("", "tpm")
-				st.good()
-				st.start("", "tpm")
-			})
+			}
+			st.start("", "tpm") // the old release by the new loader
+			if st.version != "1.0.0" || st.fw.loader != "loader "+c.next[:1] {
+				t.Fatalf("%s boots by %s", st.version, st.fw.loader)
+			}
+			st.mustSettle()
+			st.wantStates("slot a 1.0.0")
+			st.apply("2.1.0")
+			st.start("", "tpm")
+			st.good()
+			st.start("", "tpm")
+		})
+	}
+}
+
+// TestLoaderNotKnown is such a boot of a box that has less to go by: a spec that leaves it
+// to a person, notes that are lost, and a program of somebody else that may be a loader.
+func TestLoaderNotKnown(t *testing.T) {
+	bare := func(policy image.SealPolicy, others map[int]string) *station {
+		t.Helper()
+		st := newStation(t, policy, true, "2.0.0")
+		st.mustSettle()
+		st.fw.direct, st.fw.refused, st.fw.others = true, 2, others
+		st.start(st.s.recoveryKey()+"\n", "recovery")
+		return st
+	}
+	usually := func(st *station, version string) {
+		t.Helper()
+		st.fw.direct, st.fw.refused = false, 0
+		st.start("", "tpm")
+		if st.version != version {
+			t.Errorf("%s boots", st.version)
 		}
+	}
+	st := bare(image.SealPolicy{Policy: seal.PolicyStrict, Repair: repairManual}, nil)
+	if r := st.mustSettle(); r.Changed() || len(r.Problems) != 1 || !strings.Contains(r.Problems[0], "holdfast-agent reseal") {
+		t.Errorf("settled: %+v", r)
+	}
+	if _, err := st.k.Reseal(ResealOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	st.wantStates("slot a 1.0.0, by the boot loader", "slot a 1.0.0")
+	usually(st, "1.0.0")
+
+	st = bare(image.SealPolicy{Policy: seal.PolicyStrict}, nil)
+	if err := os.Remove(st.k.notesPath()); err != nil {
+		t.Fatal(err)
+	}
+	st.mustSettle()
+	st.wantStates("slot a 1.0.0")
+	st.apply("2.0.0")
+	st.wantStates("slot a 1.0.0", "slot b 2.0.0", "slot a 1.0.0, next loader")
+	usually(st, "2.0.0")
+
+	st = bare(image.SealPolicy{Policy: seal.PolicyStrict}, map[int]string{0: "another loader"})
+	st.mustSettle()
+	_, err := st.a.u.Apply(t.Context(), st.a.source(), "test", "2.0.0")
+	if !errors.Is(err, errUnfit) || !strings.Contains(err.Error(), "no start of the boot loader") || !strings.Contains(err.Error(), "At the bench, holdfast apply writes it") {
+		t.Errorf("error %v", err)
 	}
 }
 

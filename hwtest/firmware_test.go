@@ -31,6 +31,7 @@ func TestBoards(t *testing.T) {
 		tests["copy and nobody to tell"] = copyUntold
 		tests["a release is revoked"] = releaseRevoked
 		tests["the first boot loader is foreign under strict"] = foreignLoaderStrict
+		tests["both boot loaders are foreign under strict"] = foreignLoadersStrict
 		tests["a kernel image is foreign under strict"] = foreignKernelStrict
 		tests["keys are not kept"] = keysForgotten
 		tests["no room for keys"] = noRoomForKeys

@@ -283,6 +283,78 @@ func foreignLoaderStrict(t *testing.T) {
 	}
 }
 
+// foreignLoadersStrict: with neither boot loader the firmware starts the release, which has
+// another PCR 4, and somebody types the recovery key, once: that boot opens by the TPM from
+// then on, and so do one by loaders that came back, the first of a release installed
+// without them, by those it brought, and the old release started by these.
+func foreignLoadersStrict(t *testing.T) {
+	p := theProduct(t)
+	strict := func(s *spec.Spec) { s.Seal.Policy = "strict" }
+	first := buildRelease(t, t.TempDir(), p.keys, "1.0.2", strict)
+	nextRelease(t, "2.6.3", strict)
+	stranger, err := keys.Create(filepath.Join(t.TempDir(), "keys"), keys.Config{Organization: "Test vendor", Now: time.Now()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := hwtest.New(t, first.disk(), hwtest.Options{Forward: []int{80}, SecureBoot: p.firmwareKeys(t)})
+	m.PowerOn()
+	recovery := m.Expect(recoveryPattern, bootTime)[1]
+	m.Expect(readyPattern, bootTime)
+	store(t, m, "first", "kept")
+	waitLoader(t, m)
+	m.PowerButton(bootTime)
+
+	loaders := [2]string{"EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"}
+	d, _ := openDisk(t, m.Disk)
+	var before []byte
+	foreign := func() {
+		for _, path := range loaders {
+			replaceOnESP(t, d, path, func(b []byte) []byte { before = b; return signedBy(t, stranger, b) })
+		}
+	}
+	foreign()
+	m.PowerOn()
+	m.Expect(promptPattern, 2*bootTime) // after a restart that helped nothing
+	m.Send(recovery + "\n")
+	m.Expect(`repaired what="sealed to the present state`, bootTime)
+	if l := waitLoader(t, m); l == nil || l.Started != "" || !strings.Contains(l.Problem, "install a release") {
+		t.Errorf("status of the boot loader %+v", l)
+	}
+	m.PowerButton(bootTime)
+
+	for _, path := range loaders {
+		replaceOnESP(t, d, path, func([]byte) []byte { return before })
+	}
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.PowerCut()
+
+	foreign()
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(readyPattern, bootTime)
+	if err := apply(m, "2.6.3"); err != nil {
+		t.Fatal(err)
+	}
+	reboot(t, m)
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`blessed slot=b version=2.6.3`, bootTime)
+	wantRecord(t, m, "first", "kept")
+	if l := waitLoader(t, m); l == nil || l.Started != loaders[0] || l.Problem != "" {
+		t.Errorf("status of the boot loader %+v", l)
+	}
+	m.PowerButton(bootTime)
+	loaderCopies(t, m)
+
+	if err := d.GiveUp(partition.SlotB, 3); err != nil {
+		t.Fatal(err)
+	}
+	m.PowerOn()
+	m.Expect(tpmPattern, bootTime)
+	m.Expect(`ready name=probe version=1.0.2 slot=a`, bootTime)
+	wantRecord(t, m, "first", "kept")
+}
+
 // foreignKernelStrict is that of a release that the firmware refuses: what it has tried
 // before it starts the good one is in PCR 4, and a restart has the volumes open.
 func foreignKernelStrict(t *testing.T) {

@@ -69,6 +69,20 @@ func TestWithoutRetry(t *testing.T) {
 			t.Errorf("%s: retried %v", name, !want)
 		}
 	}
+	direct := attempts(none, none, []string{"uki"})
+	for range 2 {
+		direct, _ = direct.WithoutRetry(sha256.Sum256([]byte("uki")))
+	}
+	with, ok := direct.StartedBy(sha256.Sum256([]byte("uki")), sha256.Sum256([]byte("loader")))
+	if usual := attempts(ours); !ok || with.Replay()[4] != usual.Replay()[4] || with.Replay()[7] == usual.Replay()[7] || len(direct.LedTo(sha256.Sum256([]byte("uki")))) != 1 {
+		t.Errorf("by the loader: %v, %q", ok, namesOf(with))
+	}
+	if _, ok := direct.StartedBy(sha256.Sum256([]byte("loader")), Digest{}); ok || direct.LedTo(sha256.Sum256([]byte("loader"))) != nil {
+		t.Error("a program that was not started was")
+	}
+	if led := attempts([]string{"foreign", "loader"}, ours).LedTo(sha256.Sum256([]byte("uki"))); len(led) != 2 || led[0] != sha256.Sum256([]byte("loader")) {
+		t.Errorf("led to by %x", led)
+	}
 	// It is the boot that would have been, wherever nothing else was started.
 	got, _ := attempts(none, ours).WithoutRetry(sha256.Sum256([]byte("loader")))
 	want := attempts(ours)
