@@ -464,10 +464,12 @@ func (k *Keeper) running(n *notes) (b seenBoot, err error) {
 	var noted []pcr.Digest // loaders
 	for name, e := range n.Releases {
 		r, err := releaseOf(e)
-		if err != nil || r.Loader.Authenticode == (pcr.Digest{}) {
+		if err != nil {
 			continue
 		}
-		noted = append(noted, r.Loader.Authenticode)
+		if r.Loader.Authenticode != (pcr.Digest{}) {
+			noted = append(noted, r.Loader.Authenticode)
+		}
 		if name == k.own() {
 			kernels = append(kernels, r)
 		}

@@ -167,7 +167,7 @@ func runningOf(log pcr.Log, loaders []pcr.Digest, kernels []pcr.Release) (r pcr.
 		for _, d := range apps {
 			list = append(list, fmt.Sprintf("%x…", d[:4]))
 		}
-		return r, fmt.Errorf("the firmware's event log has no start of the boot loader and then the kernel image that are on the disk: it shows programs %s",
+		return pcr.Release{}, fmt.Errorf("the firmware's event log has no start of the boot loader and then the kernel image that are on the disk: it shows programs %s",
 			orNone(strings.Join(list, ", ")))
 	}
 	r.Loader.Certificate, r.UKI.Certificate = verifiersOf(log, r)

@@ -317,7 +317,7 @@ func foreignLoadersStrict(t *testing.T) {
 	m.Expect(promptPattern, 2*bootTime) // after a restart that helped nothing
 	m.Send(recovery + "\n")
 	m.Expect(`repaired what="sealed to the present state`, bootTime)
-	if l := waitLoader(t, m); l == nil || l.Started != "" || !strings.Contains(l.Problem, "install a release") {
+	if l := waitLoader(t, m); l == nil || !strings.HasPrefix(l.Started, "EFI/holdfast/a-") || !strings.Contains(l.Problem, "install a release") {
 		t.Errorf("status of the boot loader %+v", l)
 	}
 	m.PowerButton(bootTime)
