@@ -47,8 +47,10 @@
 // front, so that a board's own order, a stick before the disk for one, stays, and that the
 // boot of a good box is the one it was; boards that lose their variables lose no more than
 // the second chance. One that does not keep them gets them twice
-// (loader/holdfast-bootentry.json on the ESP remembers), and one whose store is full or
-// read-only is used without; status says why.
+// (loader/holdfast-bootentry.json on the ESP remembers, until the board is another one),
+// and one whose store is full or read-only is used without; status says why. Where a board
+// insists on starting a release before the boot loader, its entry is switched off; a
+// release that waits for its first boot is worth three restarts that do not come to it.
 //
 // A kernel image that the firmware refuses makes the boot loader come back, and the second
 // one chooses it again. Then the firmware starts a good release by its own entry. The

@@ -31,6 +31,8 @@ const (
 
 // BootEntryRecord is what a disk remembers of its board's boot entries.
 type BootEntryRecord struct {
+	// Board is the one that all of this is about.
+	Board string `json:"board,omitempty"`
 	// Attempts were made since what one of them wrote was last found.
 	Attempts int `json:"attempts"`
 	// Files are those of the entries that the last one was to leave.
@@ -49,12 +51,14 @@ type BootEntryRecord struct {
 // The first copy has no entry of ours: firmware starts it by itself, and a board that has
 // lost its variables starts nothing else (F64). The loader's entry is left where it is:
 // the order is the board's and its owner's (F59). Those of the releases stand somewhere
-// behind it, or no boot loader would count boots any more. Nothing is written in a boot
-// that finds them all, and where a board does not keep them (F65, F67) two boots in a row
-// at most write.
+// behind it, or no boot loader would count boots any more: on a board that has another
+// mind, they are switched off. Nothing is written in a boot that finds them all, and where a
+// board does not keep them (F65, F67) two boots in a row at most write.
 type BootEntries struct {
 	Log  *slog.Logger
 	Vars EFIVars
+	// Board tells one mainboard from another, if it can be told; it may be empty.
+	Board string
 	// ESP is the partition, Number its place in the table, from 1.
 	ESP    partition.Partition
 	Number int
@@ -92,16 +96,16 @@ func (e *BootEntries) Ensure() (names []string, err error) {
 	}
 	record := e.record()
 	noted := record.Attempts > 0
-	if record.kept(order, there) {
-		record = BootEntryRecord{}
+	if record.Board != e.Board || record.kept(order, there, entries) {
+		record = BootEntryRecord{Board: e.Board}
 	}
 	switch {
 	case asWanted(order, entries):
 		if noted {
-			err = e.save(BootEntryRecord{})
+			err = e.save(BootEntryRecord{Board: e.Board})
 		}
 	case record.Attempts >= bootEntryAttempts:
-		err = record.givenUp()
+		err = errors.Join(record.givenUp(), e.switchOff(order, there, entries))
 	default:
 		order, err = e.make(order, taken, entries, record)
 	}
@@ -154,13 +158,13 @@ func (e *BootEntries) numbers(name string) ([]uint16, error) {
 	return nil, fmt.Errorf("the firmware's variable %s: %w", name, err)
 }
 
-// look finds the entries there are, and the files of those that are on the ESP.
-func (e *BootEntries) look() (files map[uint16]string, taken map[uint16]bool, err error) {
+// look finds the entries there are, and those that are for the ESP.
+func (e *BootEntries) look() (there map[uint16]loadOption, taken map[uint16]bool, err error) {
 	list, err := e.Vars.List()
 	if err != nil {
 		return nil, nil, fmt.Errorf("the firmware's variables: %w", err)
 	}
-	files, taken = map[uint16]string{}, map[uint16]bool{}
+	there, taken = map[uint16]loadOption{}, map[uint16]bool{}
 	for _, v := range list {
 		global, err := globalVar(v.Name)
 		digits, isBoot := strings.CutPrefix(v.Name, "Boot")
@@ -177,23 +181,23 @@ func (e *BootEntries) look() (files map[uint16]string, taken map[uint16]bool, er
 			continue // an entry of somebody else's that cannot be read
 		}
 		if o, err := parseLoadOption(value); err == nil && o.on(e.ESP) {
-			files[uint16(number)] = espPath(o.File)
+			there[uint16(number)] = o
 		}
 	}
-	return files, taken, nil
+	return there, taken, nil
 }
 
 // match has each entry that has to be there take one that is: the loader's by its file, and
 // those of releases by the folder, as their files have new names with each release. Those
 // in the order come first, as they stand there.
-func (e *BootEntries) match(order []uint16, files map[uint16]string) (entries []bootEntry, err error) {
+func (e *BootEntries) match(order []uint16, there map[uint16]loadOption) (entries []bootEntry, err error) {
 	place := func(number uint16) int {
 		if at := slices.Index(order, number); at >= 0 {
 			return at
 		}
 		return len(order) + int(number)
 	}
-	there := slices.SortedFunc(maps.Keys(files), func(a, b uint16) int { return place(a) - place(b) })
+	free := slices.SortedFunc(maps.Keys(there), func(a, b uint16) int { return place(a) - place(b) })
 	for i, file := range append([]string{e.Loader}, e.Releases...) {
 		description, same := loaderDescription, func(at string) bool { return strings.EqualFold(at, file) }
 		if i > 0 {
@@ -206,9 +210,11 @@ func (e *BootEntries) match(order []uint16, files map[uint16]string) (entries []
 		if b.option, err = newLoadOption(description, e.Number, e.ESP, file); err != nil {
 			return nil, err
 		}
-		if j := slices.IndexFunc(there, func(n uint16) bool { return same(files[n]) }); j >= 0 {
-			b.number, b.right = int(there[j]), strings.EqualFold(files[there[j]], file)
-			there = slices.Delete(there, j, j+1)
+		if j := slices.IndexFunc(free, func(n uint16) bool { return same(espPath(there[n].File)) }); j >= 0 {
+			is := there[free[j]]
+			// The loader's is its owner's to switch off.
+			b.number, b.right = int(free[j]), strings.EqualFold(espPath(is.File), file) && (is.Active || i == 0)
+			free = slices.Delete(free, j, j+1)
 		}
 		entries = append(entries, b)
 	}
@@ -334,17 +340,39 @@ func (e *BootEntries) write(name string, value []byte) error {
 	return nil
 }
 
-// kept says that the board has what the last attempt was to leave, in that order, so that
-// the next one is the first again.
-func (r BootEntryRecord) kept(order []uint16, there map[uint16]string) bool {
+// kept says that the board has what the last attempt was to leave, in that order, as far as
+// it is still wanted: some boards remove entries whose files are gone. The next attempt is
+// the first again then.
+func (r BootEntryRecord) kept(order []uint16, there map[uint16]loadOption, entries []bootEntry) bool {
 	for _, file := range r.Files {
-		at := slices.IndexFunc(order, func(n uint16) bool { return strings.EqualFold(there[n], file) })
+		if !slices.ContainsFunc(entries, func(b bootEntry) bool { return strings.EqualFold(espPath(b.option.File), file) }) {
+			continue
+		}
+		at := slices.IndexFunc(order, func(n uint16) bool { return strings.EqualFold(espPath(there[n].File), file) })
 		if at < 0 {
 			return false
 		}
 		order = order[at+1:]
 	}
 	return true
+}
+
+// switchOff has the firmware pass over releases' entries that it insists on trying before
+// the boot loader (F59).
+func (e *BootEntries) switchOff(order []uint16, there map[uint16]loadOption, entries []bootEntry) (failed error) {
+	loader := slices.Index(order, uint16(entries[0].number))
+	for _, b := range entries[1:] {
+		number := uint16(b.number)
+		at := slices.Index(order, number)
+		if b.number < 0 || at < 0 || !there[number].Active || loader >= 0 && at > loader {
+			continue
+		}
+		off := there[number]
+		off.Active = false
+		e.Log.Info("the firmware tries a release before the boot loader; its entry is switched off", "entry", bootName(number))
+		failed = errors.Join(failed, e.write(bootName(number), off.marshal()))
+	}
+	return failed
 }
 
 func (r BootEntryRecord) givenUp() error {

@@ -302,11 +302,62 @@ func TestReleaseEntries(t *testing.T) {
 	for range 5 {
 		b.Ensure()
 		b.fw.values["BootOrder"] = marshalBootOrder([]uint16{4, 0, 1, 3, 2})
+		b.fw.values["BootCurrent"] = marshalBootOrder([]uint16{4})
 	}
-	b.want("another mind", "Boot0003 Boot0004", "has not kept them 2 times", "[4 0 1 3 2]")
+	b.want("another mind", "Boot0003 ", "has not kept them 2 times", "[4 0 1 3 2]")
+	if o, err := parseLoadOption(b.fw.values["Boot0004"]); err != nil || o.Active {
+		t.Errorf("no boot loader starts there, by %+v (%v)", o, err)
+	}
+	written("Boot0003 Boot0004 BootOrder BootOrder Boot0004")
 	b = newEntryBox(t)
 	b.Releases, b.fw.refuse = []string{b1, a1}, map[string]error{"Boot0004": unix.EIO}
 	b.want("a write fails", "Boot0003  ", "Boot0004", "[0 1 3 2]")
+}
+
+// TestPrunedEntries: a board that removes entries whose files are gone, as each update has
+// some be, keeps the others and gets the new ones; it is no board that forgets.
+func TestPrunedEntries(t *testing.T) {
+	b := newEntryBox(t)
+	releases := func(files ...string) {
+		t.Helper()
+		order, err := parseBootOrder(b.fw.values["BootOrder"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		order = slices.DeleteFunc(order, func(n uint16) bool {
+			o, err := parseLoadOption(b.fw.values[bootName(n)])
+			gone := err == nil && strings.HasPrefix(espPath(o.File), "EFI/holdfast/") && !slices.Contains(files, espPath(o.File))
+			if gone {
+				delete(b.fw.values, bootName(n))
+			}
+			return gone
+		})
+		b.fw.values["BootOrder"] = marshalBootOrder(order)
+		b.Releases = files
+		if names, err := b.Ensure(); err != nil || len(names) != 1+len(files) || slices.Contains(names, "") {
+			t.Fatalf("%v: %q, %v", files, names, err)
+		}
+	}
+	of := func(slot string, n int) string { return fmt.Sprintf("EFI/holdfast/%s-%d.efi", slot, n) }
+	releases(of("a", 1))
+	for n := range 5 {
+		releases(of("b", n), of("a", n+1))
+		releases(of("a", n+2), of("b", n))
+	}
+}
+
+// TestBootEntriesOfAnotherBoard: what one board did not keep, its successor may.
+func TestBootEntriesOfAnotherBoard(t *testing.T) {
+	b := newEntryBox(t)
+	b.Board = "first"
+	for range 5 {
+		b.fw.values = map[string][]byte{}
+		b.Ensure()
+	}
+	b.want("a board that forgets", "", "has not kept them 2 times", "[]")
+	b.fw.values, b.Board = takesBoot().values, "second"
+	b.want("its successor", "Boot0003", "", "[0 1 3 2]")
+	b.want("next boot", "Boot0003", "", "[0 1 3 2]")
 }
 
 // qemuOption is what OVMF makes of a disk that it found: no partition is named in it.

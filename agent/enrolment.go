@@ -16,6 +16,8 @@ const enrolmentAttempts = 2
 
 // EnrolmentRecord is what a disk remembers of its board.
 type EnrolmentRecord struct {
+	// Board is the one that the attempts were made on.
+	Board string `json:"board,omitempty"`
 	// Attempts were made since the keys were last found in force.
 	Attempts int `json:"attempts"`
 	// Kept says that a boot has found them in force.
@@ -31,6 +33,8 @@ type EnrolmentRecord struct {
 type Enrolment struct {
 	Log  *slog.Logger
 	Vars EFIVars
+	// Board tells one mainboard from another, if it can be told; it may be empty.
+	Board string
 	// Auths are the signed values of PK, KEK and db.
 	Auths map[string][]byte
 	// Fresh says that nothing is sealed yet. Where something is, its seal is for a board
@@ -50,7 +54,7 @@ func (e *Enrolment) Run() (restart bool, err error) {
 	record := e.record()
 	if s.Enforced() {
 		if record.Attempts > 0 || !record.Kept {
-			return false, e.save(EnrolmentRecord{Kept: true})
+			return false, e.save(EnrolmentRecord{Board: e.Board, Kept: true})
 		}
 		return false, nil
 	}
@@ -121,7 +125,10 @@ func (e *Enrolment) write() (written int, err error) {
 func (e *Enrolment) record() (r EnrolmentRecord) {
 	b, err := e.Load()
 	if err != nil || json.Unmarshal(b, &r) != nil || r.Attempts < 0 {
-		return EnrolmentRecord{}
+		return EnrolmentRecord{Board: e.Board}
+	}
+	if r.Board != e.Board { // what one did not keep, its successor may
+		return EnrolmentRecord{Board: e.Board, Kept: r.Kept}
 	}
 	return r
 }

@@ -116,6 +116,8 @@ func TestEnrolmentLost(t *testing.T) {
 		t.Errorf("%d restarts", restarts)
 	}
 	b.run("then", false, "lost the Secure Boot keys that were enrolled 2 times")
+	b.Board = "another mainboard"
+	b.run("on another one", true, "")
 }
 
 func TestEnrolmentRefusals(t *testing.T) {

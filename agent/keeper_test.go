@@ -22,6 +22,8 @@ import (
 
 	"github.com/google/go-tpm/tpm2"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfast-os/holdfast/image"
 	"github.com/holdfast-os/holdfast/partition"
 	"github.com/holdfast-os/holdfast/seal"
@@ -966,7 +968,35 @@ func TestRepairKeyslot(t *testing.T) {
 	}
 }
 
-// TestRepairImpossible: without a TPM nothing is sealed, and nothing is lost (F52).
+// refusingDevice has no write succeed.
+type refusingDevice struct{ partition.Device }
+
+func (refusingDevice) WriteAt([]byte, int64) (int, error) { return 0, unix.EIO }
+
+// TestKeyslotFails: a keyslot that cannot be written is said once, and is no reason to open
+// anything again: the volumes stay as they are, and the next boot tries it once (F52).
+func TestKeyslotFails(t *testing.T) {
+	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
+	key := st.s.recoveryKey()
+	st.fw.variables["dbx"] = signatureList("revoked")
+	st.start(key+"\n", "recovery")
+	before, mounts := st.disk.(*partition.Memory).Clone(), len(st.s.storage.mounts)
+	for i := range st.k.Volumes {
+		st.k.Volumes[i].Device = refusingDevice{st.k.Volumes[i].Device}
+	}
+	if _, err := st.k.Settle(); !errors.Is(err, unix.EIO) {
+		t.Errorf("error %v", err)
+	}
+	wantSame(t, before, st.disk)
+	if n := len(st.s.storage.mounts); n != mounts || len(st.s.storage.mapped) != len(st.k.Volumes) {
+		t.Errorf("%d mounts, were %d; %d volumes are mapped", n, mounts, len(st.s.storage.mapped))
+	}
+	st.start(key+"\n", "recovery")
+	st.mustSettle()
+	st.start("", "tpm")
+}
+
+// TestRepairImpossible: without a TPM nothing is sealed, and nothing is lost.
 func TestRepairImpossible(t *testing.T) {
 	st := newStation(t, image.SealPolicy{Policy: seal.PolicyStandard}, true)
 	key := st.s.recoveryKey()

@@ -227,7 +227,14 @@ func giveUpRefused(disk *partition.Disk, vars EFIVars, running partition.Slot) (
 	if e.Counted {
 		boots = e.TriesLeft + e.TriesDone
 	}
-	return e, true, disk.GiveUp(e.Slot, boots)
+	if err := disk.GiveUp(e.Slot, boots); err != nil {
+		return e, true, err
+	}
+	// A worn disk takes what it does not keep, and who restarts by that does so for ever.
+	if entries, err = disk.Entries(); err == nil && slices.ContainsFunc(entries, func(o partition.Entry) bool { return o.FileName == e.FileName }) {
+		err = fmt.Errorf("the disk does not keep what is written: boot entry %s is still there", e.FileName)
+	}
+	return e, true, err
 }
 
 // started is the path that systemd-boot says it was started from (LoaderImageIdentifier);

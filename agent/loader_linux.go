@@ -2,6 +2,8 @@ package agent
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -184,7 +186,7 @@ func bootEntriesFor(log *slog.Logger, vars EFIVars, disk *partition.Disk, runnin
 	parts := disk.Layout().Partitions
 	i := slices.IndexFunc(parts, func(p partition.Partition) bool { return p.Name == partition.ESPName })
 	return &BootEntries{
-		Log: log, Vars: vars, ESP: parts[i], Number: i + 1, Loader: loader, Releases: releases,
+		Log: log, Vars: vars, Board: boardID(), ESP: parts[i], Number: i + 1, Loader: loader, Releases: releases,
 		Load: func() ([]byte, error) {
 			f, err := files.Open(bootEntryNote)
 			if err != nil {
@@ -196,6 +198,23 @@ func bootEntriesFor(log *slog.Logger, vars EFIVars, disk *partition.Disk, runnin
 			return files.WriteFile(bootEntryNote, int64(len(b)), bytes.NewReader(b), time.Now())
 		},
 	}, nil
+}
+
+// boardID tells this mainboard from another one by a hash of what SMBIOS has of it; empty
+// where that says nothing.
+func boardID() string {
+	var text []byte
+	for _, name := range []string{"product_uuid", "board_serial", "board_name"} {
+		b, err := os.ReadFile(filepath.Join(sysPath, "class/dmi/id", name))
+		if err == nil {
+			text = append(append(text, bytes.TrimSpace(b)...), '\n')
+		}
+	}
+	if len(text) == 0 {
+		return ""
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:8])
 }
 
 // loaderStatusHere is what a process of this boot has left; nil when none has.

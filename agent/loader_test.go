@@ -279,6 +279,26 @@ func TestGiveUpRefused(t *testing.T) {
 	}
 }
 
+// wornDevice takes writes and keeps none.
+type wornDevice struct{ partition.Device }
+
+func (wornDevice) WriteAt(p []byte, _ int64) (int, error) { return len(p), nil }
+
+// TestGiveUpOnWornDisk: nothing is believed to be given up that the disk has as before.
+func TestGiveUpOnWornDisk(t *testing.T) {
+	ours, _ := vendors(t)
+	a := newAppliance(newVendor(t, "1.0.0", "1.1.0"), "1.0.0")
+	a.mustApply(a.source(), "", "1.1.0")
+	disk, err := partition.Open(wornDevice{a.dev})
+	if err != nil {
+		t.Fatal(err)
+	}
+	vars := &loaderVars{firmware: enrolled(t, ours), selected: "holdfast-b-000000000002.conf"}
+	if _, ok, err := giveUpRefused(disk, vars, partition.SlotA); !ok || err == nil || !strings.Contains(err.Error(), "does not keep what is written") {
+		t.Errorf("%v, %v", ok, err)
+	}
+}
+
 // TestRefused: what was left because the firmware does not start it is said to be that.
 func TestRefused(t *testing.T) {
 	ours, theirs := vendors(t)

@@ -343,7 +343,7 @@ func (i *initrd) enrolment() (*Enrolment, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ESP: %w", err)
 	}
-	e := &Enrolment{Log: i.log, Vars: efivarfs{efivarsPath}, Auths: map[string][]byte{}, Fresh: true}
+	e := &Enrolment{Log: i.log, Vars: efivarfs{efivarsPath}, Board: boardID(), Auths: map[string][]byte{}, Fresh: true}
 	e.Load = func() ([]byte, error) {
 		f, err := files.Open(enrolmentNote)
 		if err != nil {

@@ -96,6 +96,9 @@ func (s *system) newUpdater() (*Updater, error) {
 			return (&LoaderKeeper{Log: s.log, Vars: efivarfs{efivarsPath}, Disk: disk, Now: time.Now}).Refused(e)
 		},
 	}
+	if id, err := os.ReadFile(bootIDPath); err == nil {
+		u.Boot = strings.TrimSpace(string(id))
+	}
 	if s.custody == nil {
 		s.custody = s.newCustody()
 	}

@@ -67,6 +67,8 @@ type Updater struct {
 	Refused func(*partition.Disk, partition.Entry) error
 	// Hold, when set, says why none may be installed now; it is asked each time.
 	Hold func() error
+	// Boot names this start of the box (boot_id); empty where that is not known.
+	Boot string
 	Now  func() time.Time
 	// mounted, when set, has a look at each medium too.
 	mounted func(dir string)
@@ -263,6 +265,7 @@ func (u *Updater) Settle() error {
 		u.fellBack(p, u.damageOf(disk, entries[i]))
 	case i >= 0:
 		u.Log.Info("a release waits for its first boot", "version", p.Version, "slot", p.Slot)
+		u.notePassedOver(p.Boot)
 	default:
 		if p != nil {
 			u.Log.Info("the last installation was cut off", "version", p.Version, "slot", p.Slot)
@@ -271,6 +274,20 @@ func (u *Updater) Settle() error {
 		u.noteBroken(disk, entries)
 	}
 	return nil
+}
+
+// notePassedOver counts the starts of the box that did not come to the release that waits,
+// each once.
+func (u *Updater) notePassedOver(last string) {
+	if u.Boot == "" || u.Boot == last {
+		return
+	}
+	u.state(func(s *update.State) {
+		if p := s.Pending; p != nil {
+			p.Boot = u.Boot
+			p.PassedOver++
+		}
+	})
 }
 
 // entryOf is where the boot entry of p is, -1 when there is none. One that cannot be
@@ -495,6 +512,11 @@ func (u *Updater) Apply(ctx context.Context, src update.Source, name, want strin
 		err = u.install(ctx, c)
 		entry.FetchedBytes = c.Fetched()
 	}
+	if n := u.passedOver(); errors.Is(err, errWaits) && n >= maxPassedOver {
+		err = fmt.Errorf("version %s is in slot %s with tries left, and %d starts of the box did not come to it: the firmware starts something else than the disk's boot loader, see its boot order; restart then", version, u.Slot.Other(), n)
+		u.set(func(r *UpdateStatus) { r.LastError = brief(err.Error()) })
+		return version, err
+	}
 	if errors.Is(err, errWaits) {
 		u.Log.Info("installed already, and waits for a restart", "version", version, "slot", u.Slot.Other())
 		return version, nil
@@ -512,6 +534,16 @@ func (u *Updater) Apply(ctx context.Context, src update.Source, name, want strin
 	u.state(func(s *update.State) { s.Log(entry) })
 	u.Log.Info("installed", "version", version, "slot", u.Slot.Other(), "from", name, "fetched_bytes", entry.FetchedBytes, "seconds", entry.Seconds)
 	return version, nil
+}
+
+// maxPassedOver is how many restarts a release is worth that none of them comes to.
+const maxPassedOver = 3
+
+func (u *Updater) passedOver() int {
+	if p := u.state(nil).Pending; p != nil {
+		return p.PassedOver
+	}
+	return 0
 }
 
 // worthKeeping: a network that is away every night would push all else out of the journal.
@@ -616,7 +648,7 @@ func (u *Updater) install(ctx context.Context, c *update.Candidate) error {
 			return fmt.Errorf("%w: %w", errUnfit, err)
 		}
 	}
-	p := &update.Pending{Slot: string(other), Version: m.Version, RootHash: m.Verity.RootHash, Sequence: plan.Sequence(), Since: u.Now().UTC()}
+	p := &update.Pending{Slot: string(other), Version: m.Version, RootHash: m.Verity.RootHash, Sequence: plan.Sequence(), Since: u.Now().UTC(), Boot: u.Boot}
 	var before *update.Pending
 	u.state(func(s *update.State) { before, s.Pending = s.Pending, p })
 	u.Log.Info("installing", "version", m.Version, "slot", other, "by", root.Stats().Source, "fetch_bytes", root.Stats().BytesToFetch)

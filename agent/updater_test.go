@@ -637,6 +637,36 @@ func TestAppliedAgainBeforeBoot(t *testing.T) {
 	a.mustBoot(partition.SlotB, "1.1.0")
 }
 
+// TestPassedOver: a release that the box does not come to, because its firmware starts
+// something else than the boot loader, is worth three restarts and no more (F59).
+func TestPassedOver(t *testing.T) {
+	v := newVendor(t, "1.0.0", "1.1.0")
+	a := newAppliance(v, "1.0.0")
+	a.u.Boot = "boot 0"
+	a.mustApply(v.source(), "", "1.1.0")
+	for i := range 2 * maxPassedOver {
+		if err := a.start(v.releases["1.0.0"]); err != nil {
+			t.Fatal(err)
+		}
+		a.u.Boot = fmt.Sprintf("boot %d", 1+i)
+		for range 3 { // commands of this boot
+			if err := a.u.Settle(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := a.u.Apply(t.Context(), v.source(), "test", "")
+		if restarts := i+1 < maxPassedOver; (err == nil) != restarts || got != "1.1.0" {
+			t.Errorf("start %d: %q, %v", i, got, err)
+		}
+		if err != nil && !strings.Contains(err.Error(), "starts of the box did not come to it") {
+			t.Error(err)
+		}
+	}
+	a.mustBoot(partition.SlotB, "1.1.0") // somebody has put the firmware right
+	a.bless()
+	a.wantMemory("applied 1.0.0>1.1.0;committed >1.1.0;")
+}
+
 // TestUpdateDuringTrial: the other slot may be all that boots.
 func TestUpdateDuringTrial(t *testing.T) {
 	v := newVendor(t, "1.0.0", "1.1.0")

@@ -152,7 +152,7 @@ func wantRefusedKernel(t *testing.T, m *hwtest.Machine, reason string) {
 
 // TestForeignLoader: a boot loader that the vendor did not sign is refused, and the
 // firmware goes on with the second copy by its boot entry; the box puts the first one
-// back, and starts from it again. With both copies foreign, nothing starts.
+// back, and starts from it again. With both copies foreign, it starts the release.
 func TestForeignLoader(t *testing.T) {
 	t.Parallel()
 	m, _ := aBox(t, true)

@@ -41,6 +41,10 @@ type Pending struct {
 	RootHash string    `json:"root_hash"`
 	Sequence int64     `json:"sequence"`
 	Since    time.Time `json:"since"`
+	// PassedOver counts the starts of the box that came to another release while this one
+	// had tries left. Boot is the start that was the last to see it (boot_id).
+	PassedOver int    `json:"passed_over,omitempty"`
+	Boot       string `json:"boot,omitempty"`
 	// Reason is why the release on trial gave up, in its own words.
 	Reason string `json:"reason,omitempty"`
 }
@@ -148,7 +152,7 @@ func (s *State) valid() error {
 		return fmt.Errorf("%d entries in the journal and %d failures, at most %d and %d are allowed", len(s.Journal), len(s.Failed), maxJournal, maxFailed)
 	}
 	if p := s.Pending; p != nil && (!ValidVersion(p.Version) || !validHash(p.RootHash) || !nameForm.MatchString(p.Slot) || p.Sequence < 0 ||
-		!shortText(p.Reason, maxReasonChars)) {
+		!shortText(p.Reason, maxReasonChars) || p.PassedOver < 0 || !shortText(p.Boot, maxSourceChars)) {
 		return errors.New("what is pending is not a release in a slot")
 	}
 	for _, f := range s.Failed {
