@@ -185,6 +185,7 @@ func TestFileSystemBombs(t *testing.T) {
 		web.Binds = append(web.Binds, spec.Bind{Source: "/proc", Destination: "/hostproc", Options: []string{"ro"}})
 		web.Capabilities = append(web.Capabilities, "CAP_SYS_PTRACE")
 		s.Update.FleetKey = fleetKey(t)
+		s.Update.URL = "" // what other tests publish meanwhile would make the bundle an old one
 	})
 	bundle := filepath.Join(t.TempDir(), "probe.bundle")
 	web.bundle(t, "6.0.0", bundle)
