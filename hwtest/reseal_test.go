@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/holdfast-os/holdfast/agent"
 	"github.com/holdfast-os/holdfast/hwtest"
@@ -28,6 +29,17 @@ func wantStates(t *testing.T, s *agent.Status, want ...string) {
 	if len(s.Problems) > 0 {
 		t.Errorf("problems: %q", s.Problems)
 	}
+}
+
+// settled is the status of a box that has so many states, or has had time to: it is ready
+// before it has dropped those of a release that it left.
+func settled(t *testing.T, m *hwtest.Machine, states int) *agent.Status {
+	t.Helper()
+	s := statusOf(t, m)
+	for end := time.Now().Add(bootTime); len(s.States) != states && time.Now().Before(end); s = statusOf(t, m) {
+		time.Sleep(time.Second)
+	}
+	return s
 }
 
 // updateBound takes a box whose seal binds the release through an update that works and
@@ -57,7 +69,7 @@ func updateBound(t *testing.T, m *hwtest.Machine, from, good, bad string) {
 	m.Expect(`fell back version=`+bad, bootTime)
 	m.Expect(`ready name=probe version=`+good+` slot=b`, bootTime)
 	wantRecord(t, m, "first", "kept")
-	s := statusOf(t, m)
+	s := settled(t, m, 1)
 	wantStates(t, s, "slot b "+good)
 	if s.Boot.TPMCommands > maxTPMCommands {
 		t.Errorf("%d TPM commands in a later boot", s.Boot.TPMCommands)
