@@ -272,6 +272,13 @@ func TestGiveUpRefused(t *testing.T) {
 			if got := a.memory(); !strings.HasSuffix(got, c.memory) {
 				t.Errorf("remembered %s", got)
 			}
+			a.u.Refused = func(*partition.Disk, partition.Entry) error {
+				t.Error("judged again, which reads all of it")
+				return nil
+			}
+			if err := a.u.Settle(); err != nil || !strings.HasSuffix(a.memory(), c.memory) || strings.Count(a.memory(), "fell-back") != 1 {
+				t.Errorf("settled again: %s, %v", a.memory(), err)
+			}
 			if _, again, err := giveUpRefused(a.disk(), vars, partition.SlotA); again || err != nil {
 				t.Errorf("given up twice: %v", err)
 			}

@@ -330,16 +330,32 @@ func (u *Updater) noteBroken(disk *partition.Disk, entries []partition.Entry) {
 		case !wasGood(e):
 			u.fellBack(&update.Pending{Version: e.Version, RootHash: e.RootHash}, u.damageOf(disk, e))
 		default:
+			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot)
+			if left(s, e.Version, u.Device.Version) {
+				continue // to judge a kernel image, all of it is read
+			}
 			reason := "it was good and does not boot any more: its slot may be damaged"
 			if damage := u.damageOf(disk, e); damage != nil {
 				reason = fmt.Sprintf("it was good and does not boot any more: %v", damage)
 			}
-			u.Log.Warn("the newer release was good and does not boot any more", "version", e.Version, "slot", e.Slot, "reason", reason)
 			u.state(func(s *update.State) {
-				logOnce(s, update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack, Reason: reason})
+				s.Log(update.JournalEntry{Time: u.Now(), From: e.Version, To: u.Device.Version, Result: update.FellBack, Reason: reason})
 			})
 		}
 	}
+}
+
+// left says whether the journal has, since a release last came in, that the box left this one.
+func left(s *update.State, from, to string) bool {
+	for _, have := range slices.Backward(s.Journal) {
+		if have.Result == update.Applied || have.Result == update.Committed {
+			return false
+		}
+		if have.Result == update.FellBack && have.From == from && have.To == to {
+			return true
+		}
+	}
+	return false
 }
 
 // damageOf is what is known to be wrong with a release that was left.
